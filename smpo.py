@@ -1,0 +1,170 @@
+"""SmPO-Diffusion (Lu et al., ICML 2025, arXiv 2506.02698): smoothed preferences, and noise found by
+inversion.
+
+1. People differ, so "image 0 won" becomes a probability p from a reward model; the loss fades to zero
+gradient where
+   the two images are equally good.
+2. The noise of each image is not drawn but found: DDIM inversion with the current model, refined by ReNoise.
+
+    paper        here      shape
+    x_0          x0        (2B, 4, h, w)  latents: images 0 of the batch, then images 1; no winner, no loser
+    x_t, tau     xt, eps   (2B, 4, h, w)  where the inversion ends, and the noise that would have led there
+    eps_theta    err       (2B,)          denoising error of the trained UNet (mean over C, h, w, in fp32)
+    eps_ref      ref_err   (2B,)          the same of the frozen start UNet
+    alpha/gamma  p         (B,)           probability that image 0 is preferred
+    beta         beta      float          KL strength
+    gamma        gamma     float          how sharp preferences are: the weight is gamma (2p - 1)
+
+What changes against dpo_baseline.py:
+    1. preference_probability: the label becomes p, from the difference of two reward scores
+    2. smpo_loss: the margin is weighted by gamma (2p - 1), which carries the sign
+    3. the training step finds xt and eps by common.renoise_invert; each image has its own
+    4. before training, every pair is scored once
+
+    torchrun smpo.py                                              # the tiny world, CPU, minutes torchrun
+    smpo.py --preset sd15 --model M --data D --unet U    # one GPU; U: a UNet fine-tuned by dpo_baseline.py
+    --sft torchrun --nproc_per_node=8 smpo.py --preset sdxl --model M --data D
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import common
+from common import flag
+
+
+def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
+    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: beta multiplies differences of
+    1e-4."""
+    return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
+
+
+def preference_probability(score_0, score_1, lo, hi):
+    """p (B,) = probability that image 0 is preferred, from two scores (B,) of a reward model and the smallest
+    and largest score of the data set: softmax over the min-max normalised scores."""
+    return torch.sigmoid((score_0 - score_1) / (hi - lo))
+
+
+def smpo_loss(err, ref_err, p, beta, gamma):
+    """SmPO, arXiv 2506.02698 Eq. 9. err, ref_err (2B,): denoising errors of the trained and the frozen UNet,
+    images 0 first, then images 1; p (B,). Returns losses (B,) and the detached margin in favour of image 0
+    (B,)."""
+    log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
+    image_0, image_1 = log_ratio.chunk(2)
+    margin = image_0 - image_1
+    weight = gamma * (
+        2 * p - 1
+    )  # the paper's 2 alpha - gamma; its sign says who wins, and p = 1/2 has no gradient
+    losses = -F.logsigmoid(0.5 * beta * weight * margin)  # p = gamma = 1 is Diffusion-DPO
+    return losses, margin.detach()
+
+
+@dataclass
+class Config(common.TrainConfig):
+    beta: float = flag(2000.0, "KL strength: larger stays closer to the reference; too small ruins the model")
+    gamma: float = flag(10.0, "sharpness of the smoothed preference: its weight runs from -gamma to gamma")
+    inversion_steps: int = flag(
+        5, "DDIM steps from clean to t = T; 0 draws the noise instead: smoothing alone"
+    )
+    renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion")
+    landing: str = flag(
+        "grid", "where the inversion ends: t (exactly on the sampled t) or grid (first grid level >= t)"
+    )
+    reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
+    reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
+    scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
+    reward_min: float | None = flag(None, "smallest reward, for the normalisation; default: the data's own")
+    reward_max: float | None = flag(
+        None, "largest reward; released code: 11.5435 and 28.2016, in PickScore's unit"
+    )
+
+
+PRESETS = {
+    "tiny": common.tiny("smpo") | {
+        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 3e-5, "warmup": 10, "beta": 500.0,
+        "caption_dropout": 0.1,
+        "reward": str(common.TINY / "reward"),
+    },
+    "sd15": {
+        "steps": 2000, "batch": 2048, "micro_batch": 8, "lr": 2.048e-5, "warmup": 500, "beta": 2000.0,
+        "caption_dropout": 0.2, "flip": True, "resolution": 512, "precision": "bf16", "checkpointing": True,
+        "workers": 8, "out": "runs/smpo-sd15", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    },
+    "sdxl": {
+        "steps": 2000, "batch": 2048, "micro_batch": 2, "lr": 2.048e-5, "warmup": 500, "beta": 5000.0,
+        "caption_dropout": 0.2, "flip": True, "resolution": 1024, "precision": "bf16", "checkpointing": True,
+        "workers": 8, "out": "runs/smpo-sdxl", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    },
+}  # fmt: skip
+
+
+def main(argv=None):
+    cfg = common.parse(Config, PRESETS, argv)
+    place = common.setup()
+    common.check(cfg, place)
+    models = common.Models(cfg, place.device)
+    ref = common.reference_unet(models, cfg)
+
+    # Rows to train on: not tied, every image decodes. Who won is not used: the reward says by how much.
+    source = common.open_source(cfg, models, place, common.PAIR)
+    usable = (source.labels != 0.5) & source.good
+    if cfg.scores:
+        scores = common.load_scores(cfg.scores, source)
+    else:
+        reward = common.load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
+    common.claim(cfg, place, usable)
+    if not cfg.scores:  # ties too: the file is one line a raw row, and the normalisers are the whole set's
+        kept = Path(cfg.out) / "scores.safetensors"
+        scores = common.score_pairs(
+            cfg.data, reward, kept, cfg.reward, "exp(logit_scale) * cosine", place=place
+        )
+    s0, s1 = scores["score_0"], scores["score_1"]
+    known = torch.cat([s0, s1])[torch.cat([s0, s1]).isfinite()]
+    lo = cfg.reward_min = known.min().item() if cfg.reward_min is None else cfg.reward_min
+    hi = cfg.reward_max = known.max().item() if cfg.reward_max is None else cfg.reward_max
+    if hi <= lo:
+        raise common.InputError(f"rewards run from {lo:g} to {hi:g}: nothing tells the images apart")
+    samples = common.Samples(
+        source, usable & s0.isfinite() & s1.isfinite(), cfg, models, score_0=s0, score_1=s1
+    )
+
+    run = common.Run(cfg, place, models, samples)
+    for micro_batches in run.steps():
+        for batch in micro_batches:
+            x0, cond = models.encode(batch)  # (2B, 4, h, w): images 0, then images 1
+            t = batch["t"].repeat(2)  # one t a pair
+            p = preference_probability(batch["score_0"], batch["score_1"], lo, hi).to(place.device)
+
+            # Find the noise of each image with the model as it is now: no gradient, no guidance, the same
+            # caption.
+            with torch.no_grad():
+                if cfg.inversion_steps:
+                    def eps_fn(x, level, rows):
+                        return models.predict_eps(run.bare, x, level, common.take(cond, rows))
+
+                    xt, eps = common.renoise_invert(
+                        eps_fn, x0, t, models.alpha_bar, cfg.inversion_steps, cfg.renoise, cfg.landing,
+                    )  # fmt: skip
+                else:
+                    eps = batch["noise"].repeat(2, 1, 1, 1).to(place.device)
+                    xt = common.add_noise(x0, eps, t, models.alpha_bar)
+                target = models.target(x0, eps, t)
+                ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
+
+            err = denoising_error(models.predict(run.unet, xt, t, cond), target)
+            losses, margin = smpo_loss(err, ref_err, p, cfg.beta, cfg.gamma)
+            pairs, better = len(p), (p > 0.5) == (margin > 0)
+            first = torch.where(p > 0.5, err[:pairs], err[pairs:])
+            run.backward(losses.mean(), {
+                "accuracy": better.float().mean(), "margin": (margin * (p - 0.5).sign()).mean(),
+                "err_winner": first.mean(), "err_loser": (err[:pairs] + err[pairs:] - first).mean(),
+            })  # fmt: skip
+        run.update()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)
