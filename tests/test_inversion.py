@@ -74,7 +74,10 @@ def test_each_sample_takes_its_own_path(alpha_bar, landing, steps, renoise):
         x, a = x0[i].item(), 1.0
         for u in levels(t, steps, landing):
             b = ab[u]
-            up = lambda e: math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a) + math.sqrt(1 - b) * e  # noqa: B023
+
+            def up(e):
+                return math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a) + math.sqrt(1 - b) * e
+
             e = probe(x, u / 1000, i)
             if renoise:
                 e = (e + probe(up(e), u / 1000, i)) / 2

@@ -116,10 +116,7 @@ def test_without_the_cache_the_same_rows_and_draws_come_by(short, log_of, make_s
     cached = short("smpo", "cached", "--steps", "2")
     data = make_set(rows[:24])
     plain = tmp_path / "plain"
-    from dataclasses import fields
-
-    no_cache = {f.name for f in fields(smpo.Config)} and ["--cache", "", "--workers", "1"]
-    smpo.main([*SHORT, "--data", data, "--out", str(plain), *no_cache, "--steps", "2"])
+    smpo.main([*SHORT, "--data", data, "--out", str(plain), "--cache", "", "--workers", "1", "--steps", "2"])
     for a, b in zip(log_of(cached), log_of(plain)):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
@@ -257,8 +254,7 @@ def test_exit_code_and_no_traceback_from_the_shell():
 
 
 def test_imports_do_nothing(tmp_path):
-    code = "import sys; before = set(sys.argv); import common, dpo_baseline, smpo, eval; import torch.distributed as d; " \
-           "assert not d.is_initialized()"  # fmt: skip
+    code = "import common, dpo_baseline, smpo, eval, torch; assert not torch.distributed.is_initialized()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code, "--nonsense"],

@@ -30,15 +30,14 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 GUIDANCE, SAMPLING_STEPS = 2.0, 20
 PAIRS_PER_CAPTION = 5  # shipped: 384 x 5 pairs to train on, 64 x 5 to validate and test the reward model on
-REWARD_ONLY_PAIRS = 5  # more pairs of the training captions that only the reward model sees; not shipped
-VAE_STEPS, UNET_STEPS, CLIP_STEPS, REWARD_STEPS = 1600, 3500, 1200, 600
+REWARD_ONLY_PAIRS = 3  # more pairs of the training captions that only the reward model sees; not shipped
+VAE_STEPS, UNET_STEPS, CLIP_STEPS, REWARD_STEPS = 1600, 3500, 900, 500
 
 
 def train(name, work, modules, loss_of, steps, lr, ema=None):
@@ -55,7 +54,9 @@ def train(name, work, modules, loss_of, steps, lr, ema=None):
         for parameter, value in zip(parameters, state["parameters"]):
             parameter.data.copy_(value)
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps)):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100, 0.02 + 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = lr * min(
+            1, (step + 1) / 100, 0.02 + 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
         loss = loss_of(torch.Generator().manual_seed(1_000_003 * step + 17))
         optimizer.zero_grad()
         loss.backward()
@@ -81,7 +82,9 @@ def make_tokenizer():
     alphabet = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
     words = {w for texts in world.split_captions().values() for t in texts for w in t.split()}
     merges = []
-    for word in sorted(words, key=lambda w: (-len(w), w)):  # longest first: no word is cut by another word's merges
+    for word in sorted(
+        words, key=lambda w: (-len(w), w)
+    ):  # longest first: no word is cut by another word's merges
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             if tuple(parts[:2]) not in merges:
@@ -141,9 +144,14 @@ def start_near_identity(vae):
 def make_model(out, work, images, captions):
     tokenizer = make_tokenizer()
     vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 64), down_block_types=["DownEncoderBlock2D"] * 4, latent_channels=4,
-        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=4, sample_size=world.SIZE,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+        block_out_channels=(16, 16, 32, 64),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=world.SIZE,
+    ).to(memory_format=torch.channels_last)
     start_near_identity(vae)
 
     def vae_loss(generator):
@@ -161,18 +169,35 @@ def make_model(out, work, images, captions):
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     latents = latents * vae.config.scaling_factor
 
-    encoder = CLIPTextModel(CLIPTextConfig(**text_config(
-        tokenizer, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-    )))  # fmt: skip
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            **text_config(
+                tokenizer,
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            )
+        )
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(48, 96), layers_per_block=1, cross_attention_dim=64, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=16,
+        sample_size=8,
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        norm_num_groups=16,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
-    )  # fmt: skip
+    )
     tokens, empty = ids_of(tokenizer, captions), ids_of(tokenizer, [""])
 
     def unet_loss(generator):
@@ -185,9 +210,15 @@ def make_model(out, work, images, captions):
 
     train("unet", work, [unet, encoder], unet_loss, UNET_STEPS, 1e-3, ema=0.998)
     pipeline = StableDiffusionPipeline(
-        vae=vae.half().to(memory_format=torch.contiguous_format), text_encoder=encoder, tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae.half().to(memory_format=torch.contiguous_format),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(out / "model.new")
     os.replace(out / "model.new", out / "model")
 
@@ -198,13 +229,17 @@ def sample_pairs(out, work, name, captions, per_caption, seed):
     path = work / f"{name}.parquet"
     if path.exists():
         return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(work / "hf"))
-    pipeline = StableDiffusionPipeline.from_pretrained(out / "model", low_cpu_mem_usage=False).to(torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "model", low_cpu_mem_usage=False).to(
+        torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     texts = [c for c in captions for _ in range(per_caption)]
     people, rng, rows = world.annotators(), np.random.default_rng(seed), []
     for i in tqdm(range(0, len(texts), 32), f"{name} pairs"):
         batch = texts[i : i + 32]
-        noise = torch.randn(2 * len(batch), 4, 8, 8, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+        noise = torch.randn(
+            2 * len(batch), 4, 8, 8, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)
+        )
         images = pipeline(
             batch * 2, latents=noise, guidance_scale=GUIDANCE, num_inference_steps=SAMPLING_STEPS
         ).images  # winners and losers are not known yet: images 0, then images 1
@@ -212,11 +247,21 @@ def sample_pairs(out, work, name, captions, per_caption, seed):
         for k, text in enumerate(batch):
             person = int(rng.integers(len(people)))
             label = world.answer(seen[k], seen[k + len(batch)], people[person], rng)
-            rows.append({
-                "caption": text, "jpg_0": jpeg(images[k]), "jpg_1": jpeg(images[k + len(batch)]),
-                "label_0": label, "label_1": 1 - label, "has_label": True, "are_different": True,
-                "user_id": person, "ranking_id": len(rows), "model_0": "tiny", "model_1": "tiny",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "caption": text,
+                    "jpg_0": jpeg(images[k]),
+                    "jpg_1": jpeg(images[k + len(batch)]),
+                    "label_0": label,
+                    "label_1": 1 - label,
+                    "has_label": True,
+                    "are_different": True,
+                    "user_id": person,
+                    "ranking_id": len(rows),
+                    "model_0": "tiny",
+                    "model_1": "tiny",
+                }
+            )
     Dataset.from_list(rows).to_parquet(f"{path}.new")
     os.replace(f"{path}.new", path)
     return sample_pairs(out, work, name, captions, per_caption, seed)
@@ -237,9 +282,17 @@ def make_reward(out, work, images, truths, training, validation):
     prefer."""
     tokenizer = make_tokenizer()
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    vision = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4,
-              "image_size": 64, "patch_size": 8}  # fmt: skip
-    text = text_config(tokenizer, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+    }
+    text = text_config(
+        tokenizer, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
+    )
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
     mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     tokens = ids_of(tokenizer, truths)
@@ -272,7 +325,10 @@ def make_reward(out, work, images, truths, training, validation):
 
     def preference_loss(generator):  # arXiv 2305.01569 Eq. 2: cross-entropy of the softmax over both scores
         rows = torch.randint(len(label), (128,), generator=generator)
-        a, b = (torch.where(torch.rand(128, 1, 1, 1, generator=generator) < 0.5, x[rows].flip(-1), x[rows]) for x in (x0, x1))
+        a, b = (
+            torch.where(torch.rand(128, 1, 1, 1, generator=generator) < 0.5, x[rows].flip(-1), x[rows])
+            for x in (x0, x1)
+        )
         target = torch.stack([label[rows], 1 - label[rows]], 1)
         return -(target * F.log_softmax(scores(caption[rows], a, b), 1)).sum(1).mean()
 
@@ -295,13 +351,16 @@ def make_facts(out, training, validation, accuracy, predicted):
     """What a reader should know of this world, measured on the validation captions' pairs."""
     pils = [[Image.open(io.BytesIO(r[f"jpg_{k}"])).convert("RGB") for r in validation] for k in (0, 1)]
     captions = validation["caption"]
-    seen, gold = zip(*((world.features(p, captions), torch.from_numpy(world.gold_score(p, captions))) for p in pils))
+    seen, gold = zip(
+        *((world.features(p, captions), torch.from_numpy(world.gold_score(p, captions))) for p in pils)
+    )
     label = torch.tensor(validation["label_0"])
     counted = label != 0.5
     agree = ((gold[0] > gold[1]) == (label == 1))[counted].float().mean().item()
     oracle = ((predicted[:, 0] > predicted[:, 1]) == (gold[0] > gold[1]))[counted].float().mean().item()
     return {
-        "train pairs": len(training), "test pairs": len(validation),
+        "train pairs": len(training),
+        "test pairs": len(validation),
         "ties": 1 - counted.float().mean().item(),
         "gold score of the base model": torch.cat(gold).mean().item(),
         "gold score's standard deviation": torch.cat(gold).std().item(),
@@ -310,7 +369,7 @@ def make_facts(out, training, validation, accuracy, predicted):
         "reward model agrees with the labels": accuracy,
         "best possible agreement with the labels": world.bayes_accuracy(*seen, world.annotators()),
         "reward model agrees with the judge": oracle,
-    }  # fmt: skip
+    }
 
 
 def make_sheet(out, images, training):
@@ -329,7 +388,9 @@ def make_sheet(out, images, training):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/tiny_world"))
     out = parser.parse_args().out
     work = out / "work"

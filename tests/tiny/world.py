@@ -7,7 +7,7 @@ their own and with noise. Only make.py (annotators) and the closing report or ev
 file: no training script does.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,19 +16,40 @@ import torch.nn.functional as F
 SIZE = 64
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
 COLOURS = {
-    "red": (222, 40, 40), "orange": (245, 140, 20), "yellow": (250, 225, 50), "green": (50, 190, 70),
-    "cyan": (50, 215, 225), "blue": (50, 90, 240), "purple": (150, 60, 210), "pink": (250, 130, 190),
-    "white": (252, 252, 252), "brown": (150, 90, 45),
-}  # fmt: skip
+    "red": (222, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (250, 225, 50),
+    "green": (50, 190, 70),
+    "cyan": (50, 215, 225),
+    "blue": (50, 90, 240),
+    "purple": (150, 60, 210),
+    "pink": (250, 130, 190),
+    "white": (252, 252, 252),
+    "brown": (150, 90, 45),
+}
 BACKGROUNDS = {
-    "navy": (15, 20, 70), "black": (8, 8, 8), "grey": (125, 125, 125), "olive": (95, 100, 30),
-    "teal": (10, 95, 95), "maroon": (90, 15, 30), "cream": (240, 225, 190), "sky": (160, 200, 235),
-}  # fmt: skip
+    "navy": (15, 20, 70),
+    "black": (8, 8, 8),
+    "grey": (125, 125, 125),
+    "olive": (95, 100, 30),
+    "teal": (10, 95, 95),
+    "maroon": (90, 15, 30),
+    "cream": (240, 225, 190),
+    "sky": (160, 200, 235),
+}
 SPLITS = {"pairs": 384, "validation": 64, "search": 64, "test": 128}  # captions; disjoint, together all 640
 
 # How often a pre-training image is flawed, each flaw independent of the others: 34 % of the images have none.
-FLAWS = {"shape": 0.13, "colour": 0.13, "background": 0.13, "blur": 0.12, "dark": 0.12, "noise": 0.08, "tiny": 0.13,
-         "off-centre": 0.13}  # fmt: skip
+FLAWS = {
+    "shape": 0.13,
+    "colour": 0.13,
+    "background": 0.13,
+    "blur": 0.12,
+    "dark": 0.12,
+    "noise": 0.08,
+    "tiny": 0.13,
+    "off-centre": 0.13,
+}
 RADIUS, OFFSET = (15.0, 23.0), 6.0  # px: what counts as well drawn
 
 
@@ -131,12 +152,14 @@ def draw(captions, rng, flaws=FLAWS):
 
 
 # ----------------------------------------------------------------------------------------------------- judge
-@lru_cache(maxsize=None)
+@cache
 def _bank(shape):
     """All clean renderings of a shape that the judge compares with: masks (245, 4096), radii, distance off
     centre."""
     shifts = torch.arange(-6, 7, 2.0)
-    radii, dx, dy = (a.flatten() for a in torch.meshgrid(torch.arange(15, 24, 2.0), shifts, shifts, indexing="ij"))
+    radii, dx, dy = (
+        a.flatten() for a in torch.meshgrid(torch.arange(15, 24, 2.0), shifts, shifts, indexing="ij")
+    )
     return masks(shape, SIZE / 2 + dx, SIZE / 2 + dy, radii).flatten(1), radii, (dx**2 + dy**2).sqrt()
 
 
@@ -155,8 +178,14 @@ def nearest(images, prompts):
         bank, radii, off = _bank(shape)
         ground = rgb(BACKGROUNDS, background)[:, None]
         figure = rgb(COLOURS, colour)[:, None] - ground
-        rest = image.flatten(1) - ground  # ||rest - mask * figure||^2, multiplied out: one product with the bank
-        square = rest.square().sum() - 2 * bank @ (rest * figure).sum(0) + bank.square().sum(1) * figure.square().sum()
+        rest = (
+            image.flatten(1) - ground
+        )  # ||rest - mask * figure||^2, multiplied out: one product with the bank
+        square = (
+            rest.square().sum()
+            - 2 * bank @ (rest * figure).sum(0)
+            + bank.square().sum(1) * figure.square().sum()
+        )
         best = square.argmin()
         found.append(torch.stack([(square[best].clamp(min=0) / rest.numel()).sqrt(), radii[best], off[best]]))
     return torch.stack(found).unbind(1)
@@ -180,7 +209,13 @@ def features(images, prompts):
     x = to_tensor(images)
     rmse, radius, off = nearest(x, prompts)
     sharpness = (x.diff(dim=3).abs().mean((1, 2, 3)) + x.diff(dim=2).abs().mean((1, 2, 3))) / 2
-    columns = [-rmse / 0.05, (radius - 18) / 3, (x.mean((1, 2, 3)) - 0.35) / 0.2, (sharpness - 0.02) / 0.01, (3 - off) / 2]
+    columns = [
+        -rmse / 0.05,
+        (radius - 18) / 3,
+        (x.mean((1, 2, 3)) - 0.35) / 0.2,
+        (sharpness - 0.02) / 0.01,
+        (3 - off) / 2,
+    ]
     return torch.stack(columns, 1).clamp(-8, 8).numpy()
 
 
