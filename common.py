@@ -731,7 +731,7 @@ def check(cfg, place):
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (cfg.resume or cfg.overwrite):
-        raise InputError(f"--out {out} exists: --resume goes on, --overwrite starts over; or give another --out")
+        raise InputError(f"--out {out} exists: --resume goes on, --overwrite starts over, or name another")
     try:
         assert "preset" in json.loads((out / "config.json").read_text())
     except (OSError, ValueError, AssertionError) as error:
@@ -741,7 +741,7 @@ def check(cfg, place):
 def claim(cfg, place, usable):
     """Take the output folder, now that models and data are known to be good. usable: mask of the rows."""
     if not usable.any():
-        raise InputError(f"--data {cfg.data}: its {len(usable)} rows are all ties, or an image does not decode")
+        raise InputError(f"--data {cfg.data}: its {len(usable)} rows are all ties or have a broken image")
     barrier()
     if place.main:
         if cfg.overwrite and not cfg.resume and Path(cfg.out).exists():
@@ -762,8 +762,8 @@ class Run:
 
     for micro_batches in run.steps():      # from the checkpoint on, with a progress bar
         for batch in micro_batches:        # gradient accumulation
-            run.backward(loss, {...})      # run.unet: for the gradient; run.bare: for calls without one, whose
-        run.update()                       # number may then differ between the GPUs
+            run.backward(loss, {...})      # run.unet for the gradient; run.bare for other calls,
+        run.update()                       # whose number may then differ between the GPUs
     run.finish()
     """
 
@@ -783,10 +783,10 @@ class Run:
             self.unet = torch.nn.parallel.DistributedDataParallel(self.bare)
         if place.main:
             write_config(cfg)
-            rows, seen, size = len(samples.usable), cfg.steps * cfg.batch, sum(p.numel() for p in self.weights)
+            size, epochs = sum(p.numel() for p in self.weights), cfg.steps * cfg.batch / len(samples.usable)
             cut = f"{self.accumulate} x {place.world} x {cfg.micro_batch}"
-            print(f"{size:,} trained parameters, {cfg.precision}, {place.world} {place.device.type}; lr {cfg.lr:g}")
-            print(f"{cfg.steps} steps x {cfg.batch} rows ({cut}) = {seen / rows:.2f} epochs of {rows:,}", flush=True)
+            print(f"{size:,} trained parameters, {cfg.precision}, {place.world} {place.device.type}")
+            print(f"{cfg.steps} steps of {cfg.batch} rows ({cut}), {epochs:.2f} epochs, lr {cfg.lr:g}")
 
     def steps(self):
         cfg, place, size = self.cfg, self.place, self.cfg.micro_batch

@@ -49,8 +49,7 @@ class Config(common.TrainConfig):
     scores: str | None = flag(None, "scores file: the higher score wins, whatever the human said")
 
 
-# lr of the papers: Diffusion-DPO's text says (2000 / beta) 2.048e-8, its code 1e-8 x 2048 = 2.048e-5. The
-# code's is used.
+# Diffusion-DPO's lr is (2000 / beta) 2.048e-8 in its text, 1e-8 x 2048 = 2.048e-5 in its code: used here.
 PRESETS = {
     "tiny": common.tiny("dpo") | {
         "steps": 100, "batch": 32, "micro_batch": 32, "lr": 3e-5, "warmup": 10, "beta": 500.0,

@@ -98,8 +98,8 @@ def sizes(weights, heads, layers="encoder.layers.", mlp="mlp.fc1.weight"):
 
 def clip_from_open_clip(state_dict, vision_heads, text_heads):
     """An open_clip ViT's state dict (HPSv2's layout, arXiv 2306.09341) -> transformers.CLIPModel, fp32, in
-    eval mode. ViT-H/14 has 16 and 16 heads. The text feature is the one at the vocabulary's last token, which ends
-    texts in open_clip. KeyError or RuntimeError where weights are missing."""
+    eval mode. ViT-H/14 has 16 and 16 heads. The text feature is taken at the vocabulary's last token, the end
+    of text. KeyError or RuntimeError where weights are missing."""
     from transformers import CLIPConfig, CLIPModel
 
     weights = part(state_dict, names=OPEN_CLIP)
@@ -122,8 +122,8 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
 
 
 def linear_chain(weights):
-    """Linear layers without activations, {"0.weight", "0.bias", "2.weight", ...} or
-    {"weight", "bias"} alone -> nn.Sequential. The head of both aesthetic predictors and of ImageReward."""
+    """Linear layers without activations, {"0.weight", "0.bias", "2.weight", ...} or {"weight", "bias"} ->
+    nn.Sequential. The head of both aesthetic predictors and of ImageReward."""
     chain = nn.Sequential()
     names = {k.removesuffix("weight") for k in weights if k.endswith("weight")}
     for name in sorted(names, key=lambda n: int(n[:-1] or 0)):
@@ -336,7 +336,7 @@ SCHEDULERS = {  # latents are not confined to [-1, 1]: never clip them, whatever
     "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAFE = {"use_safetensors": True, "low_cpu_mem_usage": False}  # the latter needs accelerate
+SAFE = {"use_safetensors": True, "low_cpu_mem_usage": False}  # True would need the package accelerate
 
 
 def exchange(value):
@@ -355,9 +355,8 @@ def load_pipeline(model, scheduler, dtype, variant=None, revision=None, vae=None
     try:
         index = diffusers.DiffusionPipeline.load_config(model, revision=revision)
         more = off if "safety_checker" in index else {}  # it would blacken images that are to be judged
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            model, variant=variant, revision=revision, **SAFE, **more
-        )
+        more |= {"variant": variant, "revision": revision}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **SAFE, **more)
         if vae:
             pipe.vae = diffusers.AutoencoderKL.from_pretrained(vae, **SAFE)
     except (OSError, ValueError) as error:
@@ -430,7 +429,7 @@ def report(model, unets, prompts, out, *, images_per_prompt=1, seed=0, steps=20,
     unets: {name: folder or hub id, or None for the model's own}; judges: PATH.py:FUNCTION; scorers: {name in
     SCORERS: see scorer_files}. Images are kept under cache/images (default: out/images)."""
     place, files, hashes = common.setup(), {}, {}
-    wanted = check(dict.fromkeys(judges) | (scorers or {}), prompts, scheduler, precision)
+    wanted = check(dict.fromkeys(judges) | (scorers or {}), prompts, median_by, scheduler, precision)
     how = {"images_per_prompt": images_per_prompt, "seed": seed, "steps": steps, "cfg": cfg,
            "batch_size": batch_size}  # fmt: skip
     settings = how | {"scheduler": scheduler, "precision": precision, "device": place.device.type}
@@ -453,15 +452,19 @@ def report(model, unets, prompts, out, *, images_per_prompt=1, seed=0, steps=20,
 
 
 # ---------------------------------------------------------------------------------------- scores and pictures
-def check(wanted, prompts, scheduler="ddim", precision="fp32"):
+def check(wanted, prompts, median_by=None, scheduler="ddim", precision="fp32"):
     """What can be known before hours of work: unknown names, missing judges, no prompts. Returns `wanted`."""
     if not prompts:
-        raise InputError("there are no prompts")
-    for name, known in ((scheduler, SCHEDULERS), (precision, DTYPES)):
-        if name not in known:
-            raise InputError(f"{name} is not one of {', '.join(known)}")
+        raise InputError("there are no prompts: --prompts gave none")
     for name, path in wanted.items():
         scorer_files(name, path) if name in SCORERS else load_scorer(name)
+    names = [name.rpartition(":")[2] for name in wanted]
+    if len(set(names)) < len(names):
+        raise InputError(f"two judges have one name: {', '.join(names)}")
+    known = {"scheduler": SCHEDULERS, "precision": DTYPES, "median_by": names if median_by else [median_by]}
+    for key, value in {"scheduler": scheduler, "precision": precision, "median_by": median_by}.items():
+        if value not in known[key]:
+            raise InputError(f"--{key} {value} is not one of {', '.join(known[key])}")
     return wanted
 
 
@@ -497,8 +500,9 @@ def compare(files, prompts, out, wanted, settings, batch=32, median_by=None):
         if problem := next(filter(None, exchange(problem)), None):  # one rank's trouble is everybody's
             left_out[name] = problem
             continue
-        about[short] = {"unit": SCORERS[name][2], **scorer_files(name, path)} if name in SCORERS else {
-            "judge": shown(name)}  # fmt: skip
+        about[short] = {"judge": shown(name)}
+        if name in SCORERS:
+            about[short] = {"unit": SCORERS[name][2], **scorer_files(name, path)}
         scores[short] = {model: score_files(score, table, prompts, place, f"{short}, {model}", batch)
                          for model, table in files.items()}  # fmt: skip
     if wanted and not scores:
@@ -506,7 +510,7 @@ def compare(files, prompts, out, wanted, settings, batch=32, median_by=None):
     counted = scores
     if median_by:
         if median_by not in scores:
-            raise InputError(f"--median_by {median_by} is none of the scorers that ran: {', '.join(scores)}")
+            raise InputError(f"--median_by {median_by} did not run: {left_out[median_by]}")
         middle = {m: np.argsort(s, 1, "stable")[:, (s.shape[1] - 1) // 2, None]
                   for m, s in scores[median_by].items()}  # fmt: skip
         counted = {k: {m: np.take_along_axis(s, middle[m], 1) for m, s in of.items()}
@@ -548,7 +552,8 @@ def markdown(result):
                 w = result["win_rates"][scorer][model].get(other)
                 lines.append(row + (f" {other} | {percents(w)} | {w['tie']:.1%} |" if w else " | | |"))
                 row = f"| {scorer} | {model} | | |"
-    lines += ["", *(f"- {k}: {', '.join(dict.fromkeys(about.values()))}" for k, about in result["scorers"].items())]
+    lines.append("")
+    lines += [f"- {k}: {', '.join(dict.fromkeys(about.values()))}" for k, about in result["scorers"].items()]
     lines += [f"- left out: {problem}" for problem in result["left_out"].values()]
     how = (f"{k} {v}" for k, v in result["settings"].items() if v is not None and not isinstance(v, dict))
     return "\n".join([*lines, f"- {', '.join(how)}, commit {result['versions']['commit']}", ""])
@@ -708,8 +713,8 @@ def unet_names(unets):
     return named
 
 
-def main():
-    cfg, place = common.parse(Config, PRESETS), common.setup()
+def main(argv=None):
+    cfg, place = common.parse(Config, PRESETS, argv), common.setup()
     wanted, out = wanted_scorers(cfg.scorers, cfg.scorer_paths), Path(cfg.out)
     result = Path(cfg.scores_out) if cfg.scores_out else out / "scores.json"
     if result.exists() and not (cfg.resume or cfg.overwrite):
@@ -724,17 +729,18 @@ def main():
             result.unlink(missing_ok=True)
             result.parent.mkdir(parents=True, exist_ok=True)
         common.barrier()
-        unit = SCORERS[name][2] if name in SCORERS else "judge"
-        common.score_pairs(cfg.data, score, result, name, unit, cfg.micro_batch, place=place)
+        unit = SCORERS[name][2] if name in SCORERS else "the judge's"
+        common.score_pairs(cfg.data, score, result, shown(name), unit, cfg.micro_batch, place=place)
         return
     prompts = [p for source in cfg.prompts or () for p in read_prompts(source, cfg.prompt_column)]
     prompts = prompts[: cfg.max_prompts]
-    check(wanted, prompts, cfg.scheduler, cfg.precision)
+    check(wanted, prompts, cfg.median_by, cfg.scheduler, cfg.precision)
     if cfg.images:
         files = {Path(folder).name: read_images(folder, prompts) for folder in cfg.images}
         if len(files) < len(cfg.images) or len({len(f[0]) for f in files.values()}) > 1:
             raise InputError("--images: the folders need different names and equally many images")
-        compare(files, prompts, out, wanted, {"images": cfg.images}, cfg.micro_batch, cfg.median_by)
+        settings = {"images": [shown(folder) for folder in cfg.images]}
+        compare(files, prompts, out, wanted, settings, cfg.micro_batch, cfg.median_by)
         return
     if not cfg.model:
         raise InputError("--model is missing")

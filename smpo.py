@@ -114,22 +114,21 @@ def main(argv=None):
     if cfg.scores:
         scores = common.load_scores(cfg.scores, source)
     else:
-        reward = common.load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
+        score = common.load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
     common.claim(cfg, place, usable)
-    if not cfg.scores:  # ties too: the file is one line a raw row, and the normalisers are the whole set's
-        kept = Path(cfg.out) / "scores.safetensors"
-        scores = common.score_pairs(
-            cfg.data, reward, kept, cfg.reward, "exp(logit_scale) * cosine", place=place
-        )
+
+    # Every pair is scored once, ties too: the normalisers are the whole set's smallest and largest score.
+    if not cfg.scores:
+        kept, unit = Path(cfg.out) / "scores.safetensors", "exp(logit_scale) * cosine"
+        scores = common.score_pairs(cfg.data, score, kept, cfg.reward, unit, place=place)
     s0, s1 = scores["score_0"], scores["score_1"]
-    known = torch.cat([s0, s1])[torch.cat([s0, s1]).isfinite()]
-    lo = cfg.reward_min = known.min().item() if cfg.reward_min is None else cfg.reward_min
-    hi = cfg.reward_max = known.max().item() if cfg.reward_max is None else cfg.reward_max
+    both = torch.cat([s0, s1])
+    lo = cfg.reward_min = both[both.isfinite()].min().item() if cfg.reward_min is None else cfg.reward_min
+    hi = cfg.reward_max = both[both.isfinite()].max().item() if cfg.reward_max is None else cfg.reward_max
     if hi <= lo:
         raise common.InputError(f"rewards run from {lo:g} to {hi:g}: nothing tells the images apart")
-    samples = common.Samples(
-        source, usable & s0.isfinite() & s1.isfinite(), cfg, models, score_0=s0, score_1=s1
-    )
+    usable &= s0.isfinite() & s1.isfinite()
+    samples = common.Samples(source, usable, cfg, models, score_0=s0, score_1=s1)
 
     run = common.Run(cfg, place, models, samples)
     for micro_batches in run.steps():
@@ -138,17 +137,15 @@ def main(argv=None):
             t = batch["t"].repeat(2)  # one t a pair
             p = preference_probability(batch["score_0"], batch["score_1"], lo, hi).to(place.device)
 
-            # Find the noise of each image with the model as it is now: no gradient, no guidance, the same
-            # caption.
-            with torch.no_grad():
-                if cfg.inversion_steps:
-                    def eps_fn(x, level, rows):
-                        return models.predict_eps(run.bare, x, level, common.take(cond, rows))
+            def eps_fn(x, level, rows):  # the model as it is now; no guidance; the pair's own caption
+                return models.predict_eps(run.bare, x, level, common.take(cond, rows))
 
+            with torch.no_grad():
+                if cfg.inversion_steps:  # find the noise of each image
                     xt, eps = common.renoise_invert(
-                        eps_fn, x0, t, models.alpha_bar, cfg.inversion_steps, cfg.renoise, cfg.landing,
-                    )  # fmt: skip
-                else:
+                        eps_fn, x0, t, models.alpha_bar, cfg.inversion_steps, cfg.renoise, cfg.landing
+                    )
+                else:  # draw it, one for both images
                     eps = batch["noise"].repeat(2, 1, 1, 1).to(place.device)
                     xt = common.add_noise(x0, eps, t, models.alpha_bar)
                 target = models.target(x0, eps, t)
@@ -156,11 +153,12 @@ def main(argv=None):
 
             err = denoising_error(models.predict(run.unet, xt, t, cond), target)
             losses, margin = smpo_loss(err, ref_err, p, cfg.beta, cfg.gamma)
-            pairs, better = len(p), (p > 0.5) == (margin > 0)
-            first = torch.where(p > 0.5, err[:pairs], err[pairs:])
+            for_0, pairs = p > 0.5, len(p)
+            better = torch.where(for_0, err[:pairs], err[pairs:])
             run.backward(losses.mean(), {
-                "accuracy": better.float().mean(), "margin": (margin * (p - 0.5).sign()).mean(),
-                "err_winner": first.mean(), "err_loser": (err[:pairs] + err[pairs:] - first).mean(),
+                "accuracy": (for_0 == (margin > 0)).float().mean(),
+                "margin": torch.where(for_0, margin, -margin).mean(),
+                "err_winner": better.mean(), "err_loser": (err[:pairs] + err[pairs:] - better).mean(),
             })  # fmt: skip
         run.update()
     run.finish()
