@@ -830,11 +830,12 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-        values = torch.stack([*self.sums.values(), norm.float() * self.place.world])
+        calls = norm.new_tensor(self.models.calls * self.place.world / cfg.batch)  # per row, of all ranks
+        values = torch.stack([*self.sums.values(), norm.float(), calls.float()])
         if self.place.world > 1:
             dist.all_reduce(values)
         values = (values / self.place.world).tolist()  # the step's one wait for the device
-        values = dict(zip([*self.sums, "grad_norm"], values))
+        values = dict(zip([*self.sums, "grad_norm", "unet_calls"], values))
         if not math.isfinite(values["loss"]):
             raise InputError(f"the loss is {values['loss']} at step {self.step}; the last checkpoint is kept")
         seconds, peak = time.perf_counter() - self.started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -842,7 +843,6 @@ class Run:
             "step": self.step, **values, "lr": lr,
             "rows_per_s": cfg.batch / seconds, "waiting": self.waited / seconds,
             "memory_gb": (torch.cuda.max_memory_allocated() / 1024 if cuda else peak) / 2**20,
-            "unet_calls": self.models.calls * self.place.world / cfg.batch,
         }  # fmt: skip
         self.step += 1
         if self.place.main:

@@ -744,8 +744,7 @@ def main(argv=None):
         return
     if not cfg.model:
         raise InputError("--model is missing")
-    tiny = cfg.unet is None and cfg.model == str(TINY / "model")
-    unets = unet_names(sorted(map(str, Path("runs").glob("*/unet"))) if tiny else cfg.unet or [])
+    unets = unet_names(cfg.unet or [])
     same = ["images_per_prompt", "seed", "steps", "cfg", "scheduler", "precision", "variant", "revision"]
     more = {name: getattr(cfg, name) for name in [*same, "vae", "median_by"]}
     report(cfg.model, unets, prompts, out, batch_size=cfg.micro_batch, scorers=wanted, **more)

@@ -73,6 +73,7 @@ class Config(common.TrainConfig):
     landing: str = flag(
         "grid", "where the inversion ends: t (exactly on the sampled t) or grid (first grid level >= t)"
     )
+    min_t: int = flag(0, "smallest t: below about 60 of 1000 the found noise is a difference over nearly nothing")
     reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
     reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
     scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
@@ -84,8 +85,8 @@ class Config(common.TrainConfig):
 
 PRESETS = {
     "tiny": common.tiny("smpo") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 3e-5, "warmup": 10, "beta": 500.0,
-        "caption_dropout": 0.1,
+        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 1000.0,
+        "min_t": 100, "caption_dropout": 0.1,
         "reward": str(common.TINY / "reward"),
     },
     "sd15": {
@@ -130,11 +131,11 @@ def main(argv=None):
     usable &= s0.isfinite() & s1.isfinite()
     samples = common.Samples(source, usable, cfg, models, score_0=s0, score_1=s1)
 
-    run = common.Run(cfg, place, models, samples)
+    run, T = common.Run(cfg, place, models, samples), len(models.alpha_bar)
     for micro_batches in run.steps():
         for batch in micro_batches:
             x0, cond = models.encode(batch)  # (2B, 4, h, w): images 0, then images 1
-            t = batch["t"].repeat(2)  # one t a pair
+            t = (cfg.min_t + batch["t"] * (T - cfg.min_t) // T).repeat(2)  # one t a pair, in [min_t, T)
             p = preference_probability(batch["score_0"], batch["score_1"], lo, hi).to(place.device)
 
             def eps_fn(x, level, rows):  # the model as it is now; no guidance; the pair's own caption

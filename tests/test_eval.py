@@ -409,6 +409,16 @@ def test_images_are_used_again_and_never_stale(other_unet, tmp_path, monkeypatch
     assert len({first, changed, *others}) == 6
 
 
+def test_without_arguments_every_run_is_compared(other_unet, main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(other_unet, tmp_path / "runs" / "smpo" / "unet")
+    main("--max_prompts", 2, "--steps", 1)
+    found = json.loads((tmp_path / "runs" / "eval" / "scores.json").read_text())
+    assert list(found["summary"]) == ["gold_score", "pickscore"]
+    assert list(found["summary"]["pickscore"]) == ["start", "smpo"]
+    assert np.array(found["scores"]["pickscore"]["smpo"]).shape == (2, 2)
+
+
 def test_stable_diffusion_xl(tmp_path):
     """SDXL's layout, small and random: two text encoders, size conditioning, no safety checker."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
