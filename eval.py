@@ -625,7 +625,7 @@ class Config:
     variant: str | None = flag(None, "weight files to load from it, e.g. fp16")
     revision: str | None = flag(None, "hub revision to load")
     vae: str | None = flag(None, "another VAE, e.g. the fp16 fix for SDXL")
-    unet: list[str] | None = flag(None, "UNets to compare with the model's own: (NAME=)FOLDER or hub id")
+    unet: list[str] | None = flag(None, "UNets to compare, (NAME=)FOLDER or hub id; default: the model's in runs/")
     prompts: list[str] | None = flag(None, ".txt (one a line), .json (a list), .parquet or hub ID(:SPLIT)")
     prompt_column: str = flag("caption", "where the prompt is in a data set's rows or a JSON list's objects")
     max_prompts: int | None = flag(None, "use only the first prompts")
@@ -713,6 +713,13 @@ def unet_names(unets):
     return named
 
 
+def runs_of(model):
+    """The UNets of the finished runs under runs/ that started from this model."""
+    folders = [file.parent for file in sorted(Path("runs").glob("*/config.json"))
+               if json.loads(file.read_text()).get("model") == model]  # fmt: skip
+    return [str(folder / "unet") for folder in folders if (folder / "unet").is_dir()]
+
+
 def main(argv=None):
     cfg, place = common.parse(Config, PRESETS, argv), common.setup()
     wanted, out = wanted_scorers(cfg.scorers, cfg.scorer_paths), Path(cfg.out)
@@ -744,7 +751,7 @@ def main(argv=None):
         return
     if not cfg.model:
         raise InputError("--model is missing")
-    unets = unet_names(cfg.unet or [])
+    unets = unet_names(runs_of(cfg.model) if cfg.unet is None else cfg.unet)
     same = ["images_per_prompt", "seed", "steps", "cfg", "scheduler", "precision", "variant", "revision"]
     more = {name: getattr(cfg, name) for name in [*same, "vae", "median_by"]}
     report(cfg.model, unets, prompts, out, batch_size=cfg.micro_batch, scorers=wanted, **more)

@@ -73,7 +73,7 @@ class Config(common.TrainConfig):
     landing: str = flag(
         "grid", "where the inversion ends: t (exactly on the sampled t) or grid (first grid level >= t)"
     )
-    min_t: int = flag(0, "smallest t: below about 60 of 1000 the found noise is a difference over nearly nothing")
+    min_t: int = flag(0, "smallest t; near 0 the found noise is a difference divided by nearly nothing")
     reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
     reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
     scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")

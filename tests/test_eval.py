@@ -411,7 +411,9 @@ def test_images_are_used_again_and_never_stale(other_unet, tmp_path, monkeypatch
 
 def test_without_arguments_every_run_is_compared(other_unet, main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(other_unet, tmp_path / "runs" / "smpo" / "unet")
+    for name, model in (("smpo", str(TINY / "model")), ("other", "another/model")):
+        shutil.copytree(other_unet, tmp_path / "runs" / name / "unet")
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps({"model": model}))
     main("--max_prompts", 2, "--steps", 1)
     found = json.loads((tmp_path / "runs" / "eval" / "scores.json").read_text())
     assert list(found["summary"]) == ["gold_score", "pickscore"]
