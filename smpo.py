@@ -85,7 +85,7 @@ class Config(common.TrainConfig):
 
 PRESETS = {
     "tiny": common.tiny("smpo") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 300.0,
+        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 1000.0,
         "min_t": 100, "caption_dropout": 0.1,
         "reward": str(common.TINY / "reward"),
     },

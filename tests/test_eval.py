@@ -51,9 +51,9 @@ def run(*words, processes=0):
 @pytest.fixture
 def main(monkeypatch):
     """main(words...) runs eval.py's command line in this process, which then asks nothing of the hub."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     return lambda *words: evaluation.main([str(word) for word in words])
 
@@ -136,8 +136,8 @@ def test_image_reward_parity():
 
 def test_linear_chain():
     torch.manual_seed(0)
-    gap = [torch.nn.Identity() for _ in range(9)]
-    layers = torch.nn.Sequential(torch.nn.Linear(6, 5), *gap, torch.nn.Linear(5, 1))
+    layers = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(11)))
+    layers[2], layers[10] = torch.nn.Linear(6, 5), torch.nn.Linear(5, 1)  # 10 comes after 2, not before
     x = torch.randn(3, 6)
     assert torch.equal(evaluation.linear_chain(layers.state_dict())(x), layers(x))
     alone = torch.nn.Linear(6, 1)
