@@ -455,8 +455,7 @@ def square(image, side):
     """PIL RGB -> (pixels (3, side, side) in [-1, 1], SDXL's six numbers: original height and width, crop top
     and left, target height and width). The shorter side is resized to `side` (bicubic), the middle is
     kept."""
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
+    width, height = (length * side // min(image.size) for length in image.size)  # rounded down, as CLIP's own
     left, top = (width - side) // 2, (height - side) // 2
     small = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
