@@ -501,6 +501,10 @@ def read(files, *names):
     )
 
 
+def hash_text(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def hash_rows(part):
     """What scores belong to: the captions, labels and image byte lengths of some rows."""
     cells = [[r["caption"], r.get("label_0"), *(len(raw_bytes(r[c])) for c in PAIR if c in r)] for r in part]
@@ -676,7 +680,7 @@ def score_pairs(path, score, out_file, name, unit, batch_size=32, place=None):
     score_1 (rows,) fp32, NaN where an image does not decode. Its parts are kept beside it until it is whole,
     so this can be restarted; a whole file is read, not made again. Returns load_scores of it."""
     place, out_file = place or setup(), Path(out_file)
-    parts, pool = out_file.with_name(out_file.name + ".parts"), ThreadPoolExecutor(4)
+    parts, pool = out_file.with_name(f"{out_file.name}.{hash_text(name)}.parts"), ThreadPoolExecutor(4)
 
     def work(part):
         tensors = {}
