@@ -625,7 +625,7 @@ class Config:
     variant: str | None = flag(None, "weight files to load from it, e.g. fp16")
     revision: str | None = flag(None, "hub revision to load")
     vae: str | None = flag(None, "another VAE, e.g. the fp16 fix for SDXL")
-    unet: list[str] | None = flag(None, "UNets to compare, (NAME=)FOLDER or hub id; default: all of its runs/*")
+    unet: list[str] | None = flag(None, "UNets to compare, (NAME=)FOLDER or hub id; default: all runs/*")
     prompts: list[str] | None = flag(None, ".txt (one a line), .json (a list), .parquet or hub ID(:SPLIT)")
     prompt_column: str = flag("caption", "where the prompt is in a data set's rows or a JSON list's objects")
     max_prompts: int | None = flag(None, "use only the first prompts")
