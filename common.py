@@ -497,18 +497,18 @@ def read(files, *names):
             for name in names:
                 columns[name].append(part.get_tensor(name))
     return (
-        {k: torch.cat(v) for k, v in columns.items()}, captions, hashlib.sha256(hashes.encode()).hexdigest(),
+        {k: torch.cat(v) for k, v in columns.items()}, captions, sha256(hashes),
     )
 
 
-def hash_text(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_rows(part):
     """What scores belong to: the captions, labels and image byte lengths of some rows."""
     cells = [[r["caption"], r.get("label_0"), *(len(raw_bytes(r[c])) for c in PAIR if c in r)] for r in part]
-    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+    return sha256(json.dumps(cells))
 
 
 def open_source(cfg, models, place, *layouts):
@@ -536,7 +536,7 @@ class ImageRows:
     def hash(self):
         starts = range(0, len(self.rows), PART)
         parts = (self.rows.select(range(i, min(i + PART, len(self.rows)))) for i in starts)
-        return hashlib.sha256("".join(hash_rows(part) for part in parts).encode()).hexdigest()
+        return sha256("".join(hash_rows(part) for part in parts))
 
     def get(self, row, caption, flip):
         cells = [decode_image(self.rows[row][name]) for name in self.images]
@@ -558,7 +558,7 @@ class CachedRows:
         for path in (cfg.data, f"{cfg.model}/vae", f"{cfg.model}/text_encoder", cfg.vae or "none"):
             for file in [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.*")):
                 about[str(file)] = (file.stat().st_size, file.stat().st_mtime_ns)
-        folder = Path(cfg.cache) / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        folder = Path(cfg.cache) / sha256(json.dumps(about))[:16]
         pool, blank = ThreadPoolExecutor(max(1, cfg.workers)), Image.new("RGB", (cfg.resolution,) * 2)
 
         def encode(part):
@@ -680,7 +680,7 @@ def score_pairs(path, score, out_file, name, unit, batch_size=32, place=None):
     score_1 (rows,) fp32, NaN where an image does not decode. Its parts are kept beside it until it is whole,
     so this can be restarted; a whole file is read, not made again. Returns load_scores of it."""
     place, out_file = place or setup(), Path(out_file)
-    parts, pool = out_file.with_name(f"{out_file.name}.{hash_text(name)}.parts"), ThreadPoolExecutor(4)
+    parts, pool = out_file.with_name(f"{out_file.name}.{sha256(name)[:8]}.parts"), ThreadPoolExecutor(4)
 
     def work(part):
         tensors = {}
