@@ -2,10 +2,8 @@
 ReNoise inversion, models, data, and training that can be trusted. It speaks of images 0 and 1 of a row; who
 wins is the method file's business.
 
-    notation   x0 clean latent | xt noised latent | eps noise | alpha_bar (T,) = cumulative product of 1 -
-    beta
-               N images, B rows of a micro-batch; tensors (N, C, h, w), all images 0 of the batch, then all
-               images 1
+    notation   x0 clean latent | xt noised latent | eps noise | alpha_bar (T,) cumulative product of 1 - beta
+               N images, B rows of a micro-batch; tensors (N, C, h, w), all images 0, then all images 1
 """
 
 import copy
@@ -17,6 +15,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +40,10 @@ class InputError(Exception):
     """Something the user gave is wrong: `launch` prints the message as one line and exits with code 2."""
 
 
+class Stopped(Exception):
+    """Someone asked the run to stop, and everything is saved: `launch` exits with code 130, as for Ctrl-C."""
+
+
 # ---------------------------------------------------------------------------------------- noise and inversion
 def _at(alpha_bar, t, like):
     """alpha_bar at the timesteps t (N,), shaped (N, 1, 1, 1) to multiply `like`. alpha_bar stays in fp32: in
@@ -49,8 +52,7 @@ def _at(alpha_bar, t, like):
 
 
 def add_noise(x0, eps, t, alpha_bar):
-    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (arXiv 2006.11239, Eq. 4); t (N,) long in [0,
-    T)."""
+    """sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (arXiv 2006.11239, Eq. 4); t (N,) long in [0, T)."""
     ab = _at(alpha_bar, t, x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
@@ -60,13 +62,13 @@ def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t"):
 
     Level by level the latent is carried from clean (alpha_bar = 1) up the grid k T // steps, k = 1, 2, ...,
     as long as that is below t, then once more: exactly to t (landing="t"), or a whole grid step, to the first
-    grid level at or above t (landing="grid"; the released code's behaviour, cleaned). Both take max(1, ceil(t
-    steps / T)) steps of 1 + renoise network calls.
+    grid level at or above t (landing="grid"; the released code's behaviour, cleaned). Both take
+    max(1, ceil(t steps / T)) steps of 1 + renoise network calls.
 
     eps_fn(x (n, C, h, w), t (n,), rows (n,)) -> eps (n, C, h, w); rows tells which samples of the batch these
     are: one that has arrived is not computed further. t: (N,) long, each sample its own, on the CPU to avoid
-    a sync. Returns (xt, eps), with the eps that takes x0 to xt if xt were at level t: eps = (xt - sqrt(ab_t)
-    x0) / sqrt(1 - ab_t).
+    a sync. Returns (xt, eps), with the eps that takes x0 to xt if xt were at level t:
+    eps = (xt - sqrt(ab_t) x0) / sqrt(1 - ab_t).
     """
     T, t = len(alpha_bar), t.cpu()
     count = torch.clamp(torch.ceil(t * steps / T).long(), min=1)  # inversion steps of each sample
@@ -92,6 +94,12 @@ def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t"):
         ab[rows] = alpha_bar.cpu()[level].float()
     ab_t = _at(alpha_bar, t, x0)
     return x, (x - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()
+
+
+def predicted_x0(xt, eps, t, alpha_bar):
+    """The clean latent that eps would have led to xt from: add_noise, solved for x0."""
+    ab = _at(alpha_bar, t, xt)
+    return (xt - (1 - ab).sqrt() * eps) / ab.sqrt()
 
 
 def _ddim(x, eps, ab_from, ab_to):
@@ -190,6 +198,9 @@ def launch(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as why:
+        print(str(why) or "interrupted: what was finished is kept, --resume goes on", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -227,6 +238,14 @@ def setup():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def agree(flag):
+    """The main process's answer to a question about the disk, once all have got here."""
+    answer = [flag]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def versions():
@@ -388,6 +407,11 @@ def reference_unet(models, cfg):
     return torch.compile(ref) if cfg.compile else ref
 
 
+@torch.no_grad()
+def copy_weights(source, target):
+    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
+
+
 def first_line(error):
     return str(error).strip().split("\n")[0][:200]
 
@@ -511,11 +535,15 @@ def hash_rows(part):
     return sha256(json.dumps(cells))
 
 
+def layout(path, *layouts):
+    """The first of the layouts (PAIR, SINGLE) whose columns the set has; the first of all if none."""
+    first = next(iter(open_rows(path, ("caption",), streaming=True)))
+    return next((names for names in layouts if set(names) <= set(first)), layouts[0])
+
+
 def open_source(cfg, models, place, *layouts):
-    """The rows of cfg.data, cached or not; the first of the layouts (PAIR, SINGLE) whose columns are
-    there."""
-    first = next(iter(open_rows(cfg.data, ("caption",), streaming=True)))
-    images = next((names for names in layouts if set(names) <= set(first)), layouts[0])
+    """The rows of cfg.data, cached or not, in the first of the layouts whose columns are there."""
+    images = layout(cfg.data, *layouts)
     columns = ("caption", *images, *(("label_0",) if images == PAIR else ()))
     return CachedRows(cfg, images, columns, models, place) if cfg.cache else ImageRows(cfg, images, columns)
 
@@ -608,7 +636,7 @@ class Samples(torch.utils.data.Dataset):
     the seed and k alone: not from the number of GPUs, of workers or of restarts.
 
     usable: mask over the source's rows. An item has image (K, C, H, W) pixels or latents, caption, t, noise,
-    and its row's value of each of `extra`, tensors over all rows."""
+    its index k, and its row's value of each of `extra`, tensors over all rows."""
 
     def __init__(self, source, usable, cfg, models, **extra):
         self.source, self.usable, self.cfg, self.extra = source, usable.nonzero()[:, 0], cfg, extra
@@ -633,7 +661,7 @@ class Samples(torch.utils.data.Dataset):
             item = self.source.get(row, "" if drop else self.source.captions[row], flip)
             if item is not None:
                 extra = {name: values[row] for name, values in self.extra.items()}
-                return item | extra | {"t": t, "noise": noise, "bad": bad}
+                return item | extra | {"index": k, "t": t, "noise": noise, "bad": bad}
         raise InputError(f"--data {self.cfg.data}: of 1,000 rows one after the other no image decodes")
 
 
@@ -675,28 +703,39 @@ def load_reward(path, processor=None, device="cpu", dtype=torch.float32):
     return score
 
 
+SCORES = ("score_0", "score_1", "key_0", "key_1")
+
+
+def item_key(row, name):
+    """64 bits that tell an (image, caption) item from others."""
+    digest = hashlib.blake2b(row["caption"].encode() + b"\0" + raw_bytes(row[name]), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
 def score_pairs(path, score, out_file, name, unit, batch_size=32, place=None):
     """Score both images of every raw row of a pair set, ties included, into one safetensors file: score_0 and
-    score_1 (rows,) fp32, NaN where an image does not decode. Its parts are kept beside it until it is whole,
-    so this can be restarted; a whole file is read, not made again. Returns load_scores of it."""
+    score_1 (rows,) fp32, NaN where an image does not decode, and each item's key. Its parts are kept beside
+    it until it is whole, so this can be restarted; a whole file is read, not made again. Returns load_scores
+    of it."""
     place, out_file = place or setup(), Path(out_file)
     parts, pool = out_file.with_name(f"{out_file.name}.{sha256(name)[:8]}.parts"), ThreadPoolExecutor(4)
 
     def work(part):
-        tensors = {}
-        for k, name in enumerate(PAIR):
-            images = list(pool.map(decode_image, [row[name] for row in part]))
-            good, values = [i for i, image in enumerate(images) if image], torch.full((len(part),), torch.nan)
-            for chunk in (good[i : i + batch_size] for i in range(0, len(good), batch_size)):
-                values[chunk] = score([images[i] for i in chunk], [part[i]["caption"] for i in chunk])
-            tensors[f"score_{k}"] = values
-        return tensors
+        keys = [[item_key(row, name) for row in part] for name in PAIR]
+        items = {key: (row, name) for name, ks in zip(PAIR, keys) for key, row in zip(ks, part)}  # each once
+        images = dict(zip(items, pool.map(lambda item: decode_image(item[0][item[1]]), items.values())))
+        good, value = [key for key in items if images[key]], {}
+        for chunk in (good[i : i + batch_size] for i in range(0, len(good), batch_size)):
+            scores = score([images[key] for key in chunk], [items[key][0]["caption"] for key in chunk])
+            value |= zip(chunk, scores.tolist())
+        scores = {f"score_{k}": torch.tensor([value.get(key, math.nan) for key in keys[k]]) for k in (0, 1)}
+        return scores | {f"key_{k}": torch.tensor(keys[k]) for k in (0, 1)}
 
     if not out_file.exists():
         rows = open_rows(path, ("caption", *PAIR, "label_0"), streaming=True)
         files = go_through(rows, parts, work, f"scores by {name}", place)
         if place.main:
-            columns, _, data = read(files, "score_0", "score_1")
+            columns, _, data = read(files, *SCORES)
             write(out_file, columns, {"scorer": name, "unit": unit, "data": data})
             shutil.rmtree(parts)
         barrier()
@@ -704,11 +743,11 @@ def score_pairs(path, score, out_file, name, unit, batch_size=32, place=None):
 
 
 def load_scores(path, source=None):
-    """A scores file -> {"score_0", "score_1"} (rows,) fp32. InputError if it is none, or not of the source's
-    rows."""
+    """A scores file -> {"score_0", "score_1"} (rows,) fp32 and {"key_0", "key_1"} (rows,) int64, equal where
+    image and caption are. InputError if it is none, or not of the source's rows."""
     try:
         with safe_open(path, "pt") as file:
-            scores, data = {k: file.get_tensor(k) for k in ("score_0", "score_1")}, file.metadata()["data"]
+            scores, data = {k: file.get_tensor(k) for k in SCORES}, file.metadata()["data"]
     except Exception as error:
         raise InputError(f"--scores {path} is no scores file: {first_line(error)}") from error
     if source and data != source.hash():
@@ -741,9 +780,9 @@ def check(cfg, place):
         raise InputError(f"--out {out} holds something else than a run: nothing is touched") from error
 
 
-def claim(cfg, place, usable):
+def claim(cfg, place, usable=None):
     """Take the output folder, now that models and data are known to be good. usable: mask of the rows."""
-    if not usable.any():
+    if usable is not None and not usable.any():
         raise InputError(f"--data {cfg.data}: its {len(usable)} rows are all ties or have a broken image")
     barrier()
     if place.main:
@@ -751,8 +790,18 @@ def claim(cfg, place, usable):
             shutil.rmtree(cfg.out)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_config(cfg)
-        print(f"{int(usable.sum()):,} of {len(usable):,} rows can be used")
+        if usable is not None:
+            print(f"{int(usable.sum()):,} of {len(usable):,} rows can be used")
     barrier()
+
+
+# What may differ when a run goes on; everything else decides what is learnt
+FREE = ("preset", "out", "steps", "workers", "cache", "save_every", "keep_every", "resume", "overwrite",
+        "compile", "checkpointing", "eval_prompts", "prompts", "judge", "eval_steps", "cfg")  # fmt: skip
+
+
+def what_matters(cfg):
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
 
 
 def write_config(cfg):
@@ -768,15 +817,20 @@ class Run:
             run.backward(loss, {...})      # run.unet for the gradient; run.bare for other calls,
         run.update()                       # whose number may then differ between the GPUs
     run.finish()
+
+    ema: decay of an fp32 average of the weights, kept on the CPU; it is then what unet/ holds. keep: {name:
+    what has state_dict and load_state_dict}, this rank's own things that a checkpoint must hold too.
     """
 
-    def __init__(self, cfg, place, models, samples):
+    def __init__(self, cfg, place, models, samples, ema=0.0, keep=None):
         self.cfg, self.place, self.models, self.samples, self.out = cfg, place, models, samples, Path(cfg.out)
+        self.ema, self.keep = ema, keep or {}
         self.accumulate = cfg.batch // (cfg.micro_batch * place.world)
         self.weights = [p for p in models.unet.parameters() if p.requires_grad]
+        self.average = [p.detach().cpu().clone() for p in self.weights] if ema and place.main else []
         self.optimizer = torch.optim.AdamW(self.weights, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=cfg.precision == "fp16")
-        self.step = self.bad = 0
+        self.step = self.bad = self.signal = 0
         if cfg.resume:
             self.load()
         if cfg.checkpointing:
@@ -801,10 +855,20 @@ class Run:
             pin_memory=place.device.type == "cuda",
         ))  # fmt: skip
         self.bar = tqdm(total=cfg.steps, initial=self.step, desc=self.out.name, disable=not place.main)
-        while self.step < cfg.steps:
-            self.started, self.waited, self.sums, self.models.calls = time.perf_counter(), 0.0, {}, 0
-            yield self.micro_batches(loader)
-        self.bar.close()
+        before = {s: signal.signal(s, self.interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self.step < cfg.steps:
+                self.started, self.waited, self.sums, self.models.calls = time.perf_counter(), 0.0, {}, 0
+                yield self.micro_batches(loader)
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def interrupt(self, number, frame):
+        """SIGTERM or Ctrl-C: end this step and save. A second one ends the process at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def micro_batches(self, loader):
         for i in range(self.accumulate):
@@ -832,18 +896,22 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        decay = min(self.ema, (1 + self.step) / (10 + self.step))  # a short memory while there is little
+        if self.average:
+            torch._foreach_lerp_(self.average, [p.detach().cpu() for p in self.weights], 1 - decay)
 
-        calls = norm.new_tensor(self.models.calls * self.place.world / cfg.batch)  # per row, of all ranks
-        values = torch.stack([*self.sums.values(), norm.float(), calls.float()])
+        calls = self.models.calls * self.place.world / cfg.batch  # per row, of all ranks
+        values = torch.stack([*self.sums.values(), norm.float(), *norm.new_tensor([calls, self.signal])])
         if self.place.world > 1:
             dist.all_reduce(values)
         values = (values / self.place.world).tolist()  # the step's one wait for the device
-        values = dict(zip([*self.sums, "grad_norm", "unet_calls"], values))
+        values = dict(zip([*self.sums, "grad_norm", "unet_calls", "signal"], values))
+        stopped = values.pop("signal") > 0  # any rank's: all stop after the same step
         if not math.isfinite(values["loss"]):
             raise InputError(f"the loss is {values['loss']} at step {self.step}; the last checkpoint is kept")
         seconds, peak = time.perf_counter() - self.started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         line = {
-            "step": self.step, **values, "lr": lr,
+            "step": self.step, **values, "lr": lr, **({"ema_decay": decay} if self.ema else {}),
             "rows_per_s": cfg.batch / seconds, "waiting": self.waited / seconds,
             "memory_gb": (torch.cuda.max_memory_allocated() / 1024 if cuda else peak) / 2**20,
         }  # fmt: skip
@@ -855,13 +923,18 @@ class Run:
             self.bar.update()
             if cfg.keep_every and self.step % cfg.keep_every == 0:
                 self.save_unet(self.out / f"unet-{self.step}")
-            if self.step % cfg.save_every == 0 or self.step == cfg.steps:
-                self.save()
+        if self.step % cfg.save_every == 0 or self.step == cfg.steps or stopped:
+            self.save()
+        if stopped:
+            raise Stopped(f"stopped after step {self.step} of {cfg.steps}, all saved: --resume goes on")
 
     def save_unet(self, folder):
-        new = folder.with_name(folder.name + ".new")
+        new, trained = folder.with_name(folder.name + ".new"), [p.detach().clone() for p in self.weights]
         shutil.rmtree(new, ignore_errors=True)
+        if self.average:
+            torch._foreach_copy_([p.data for p in self.weights], self.average)
         self.models.unet.save_pretrained(new)
+        torch._foreach_copy_([p.data for p in self.weights], trained)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)
 
@@ -869,26 +942,43 @@ class Run:
         """checkpoint/STEP appears whole or not at all, and only then do older ones go."""
         folder = self.out / "checkpoint" / str(self.step)
         new = folder.with_name("new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        weights, moments = self.models.unet.state_dict(), self.optimizer.state_dict()["state"]
-        save_file({k: v.contiguous() for k, v in weights.items()}, new / "unet.safetensors")
-        moments = {f"{i}.{k}": v.contiguous() for i, m in moments.items() for k, v in m.items()}
-        save_file(moments, new / "optimizer.safetensors")
-        state = {"step": self.step, "bad": self.bad, "scaler": self.scaler.state_dict()}
-        (new / "state.json").write_text(json.dumps(state))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(new, folder)
-        for old in folder.parent.iterdir():
-            if old != folder:
-                shutil.rmtree(old)
+        try:
+            if self.place.main:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir(parents=True)
+            barrier()
+            for name, kept in self.keep.items():
+                write(new / f"{name}.safetensors", {k: v.contiguous() for k, v in kept.state_dict().items()})
+            if self.place.main:
+                moments = self.optimizer.state_dict()["state"]
+                moments = {f"{i}.{k}": v.contiguous() for i, m in moments.items() for k, v in m.items()}
+                weights = {k: v.contiguous() for k, v in self.models.unet.state_dict().items()}
+                write(new / "optimizer.safetensors", moments)
+                write(new / "unet.safetensors", weights)
+                write(new / "average.safetensors", {str(i): p for i, p in enumerate(self.average)})
+                state = {"step": self.step, "bad": self.bad, "scaler": self.scaler.state_dict()}
+                (new / "state.json").write_text(json.dumps(state | {"settings": what_matters(self.cfg)}))
+            barrier()
+        except Exception as error:  # a full disk, above all: safetensors raises its own error
+            shutil.rmtree(new, ignore_errors=True)
+            step = f"checkpoint of step {self.step} cannot be written: {first_line(error)}"
+            raise InputError(f"{step}; the one before it is whole, and --resume goes on from it") from error
+        if self.place.main:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(new, folder)
+            for old in folder.parent.iterdir():
+                if old != folder:
+                    shutil.rmtree(old)
 
     def load(self):
         """Go on where the newest checkpoint stands; from the beginning where there is none."""
         found = [int(f.name) for f in (self.out / "checkpoint").glob("*") if f.name.isdigit()]
         if found:
             folder, moments = self.out / "checkpoint" / str(max(found)), {}
-            state = json.loads((folder / "state.json").read_text())
+            state, now = json.loads((folder / "state.json").read_text()), what_matters(self.cfg)
+            for name, then in state["settings"].items():
+                if now[name] != then:
+                    raise InputError(f"--resume goes on with --{name} {then}, not {now[name]}: give the same")
             self.step, self.bad = state["step"], state["bad"]
             self.scaler.load_state_dict(state["scaler"])
             self.models.unet.load_state_dict(load_file(folder / "unet.safetensors"))
@@ -896,6 +986,11 @@ class Run:
                 i, key = name.split(".")
                 moments.setdefault(int(i), {})[key] = value
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+            if self.average:
+                average = load_file(folder / "average.safetensors")
+                self.average = [average[str(i)] for i in range(len(self.average))]
+            for name, kept in self.keep.items():
+                kept.load_state_dict(load_file(folder / f"{name}.safetensors", str(self.place.device)))
         log = self.out / "log.jsonl"
         if self.place.main and log.exists():  # its steps after the checkpoint will be done again
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]

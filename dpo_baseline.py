@@ -3,11 +3,12 @@
 People chose one image of each pair. Raise the likelihood of the winner over the loser's, relative to a frozen
 reference; for a diffusion model log-likelihoods become denoising errors at one random timestep.
 
-    paper          here      shape x_0^w, x_0^l   x0        (2B, 4, h, w)  latents: winners, then losers
-    epsilon        noise     (2B, 4, h, w)  drawn; the same for winner and loser, like t and the caption
-    eps_theta      err       (2B,)          denoising error of the trained UNet (mean over C, h, w, in fp32)
-    eps_ref        ref_err   (2B,)          the same of the frozen start UNet beta T omega   beta      float
-    KL strength; T and the weighting omega are absorbed, as in the paper's code
+    paper         here      shape
+    x_0^w, x_0^l  x0        (2B, 4, h, w)  latents: winners, then losers
+    epsilon       noise     (2B, 4, h, w)  drawn; the same for winner and loser, like t and the caption
+    eps_theta     err       (2B,)          denoising error of the trained UNet (mean over C, h, w, in fp32)
+    eps_ref       ref_err   (2B,)          the same of the frozen start UNet
+    beta T omega  beta      float          KL strength; T and the weighting omega are absorbed, as in its code
 
     torchrun dpo_baseline.py                                              # the tiny world, CPU, minutes
     torchrun dpo_baseline.py --preset sd15 --model M --data D             # one GPU
@@ -24,15 +25,13 @@ from common import flag
 
 
 def denoising_error(eps_pred, eps):
-    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: beta multiplies differences of
-    1e-4."""
+    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: differences of 1e-4 matter."""
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
 def dpo_loss(err, ref_err, beta):
     """Diffusion-DPO, arXiv 2311.12908 Eq. 14. err, ref_err (2B,): denoising errors of the trained and the
-    frozen UNet, winners first, then losers, at one x_t each. Returns losses (B,) and the detached margin
-    (B,)."""
+    frozen UNet, winners first, then losers. Returns losses (B,) and the detached margin (B,)."""
     log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
     winner, loser = log_ratio.chunk(2)
     margin = winner - loser

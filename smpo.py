@@ -1,9 +1,7 @@
-"""SmPO-Diffusion (Lu et al., ICML 2025, arXiv 2506.02698): smoothed preferences, and noise found by
-inversion.
+"""SmPO-Diffusion (Lu et al., ICML 2025, arXiv 2506.02698): smoothed preferences, and noise by inversion.
 
 1. People differ, so "image 0 won" becomes a probability p from a reward model; the loss fades to zero
-gradient where
-   the two images are equally good.
+   gradient where the two images are equally good.
 2. The noise of each image is not drawn but found: DDIM inversion with the current model, refined by ReNoise.
 
     paper        here      shape
@@ -21,9 +19,9 @@ What changes against dpo_baseline.py:
     3. the training step finds xt and eps by common.renoise_invert; each image has its own
     4. before training, every pair is scored once
 
-    torchrun smpo.py                                              # the tiny world, CPU, minutes torchrun
-    smpo.py --preset sd15 --model M --data D --unet U    # one GPU; U: a UNet fine-tuned by dpo_baseline.py
-    --sft torchrun --nproc_per_node=8 smpo.py --preset sdxl --model M --data D
+    torchrun smpo.py                                                      # the tiny world, CPU, minutes
+    torchrun smpo.py --preset sd15 --model M --data D --unet U    # one GPU; U: dpo_baseline.py --sft
+    torchrun --nproc_per_node=8 smpo.py --preset sdxl --model M --data D
 """
 
 from dataclasses import dataclass
@@ -37,8 +35,7 @@ from common import flag
 
 
 def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
-    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: beta multiplies differences of
-    1e-4."""
+    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: differences of 1e-4 matter."""
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
@@ -55,9 +52,7 @@ def smpo_loss(err, ref_err, p, beta, gamma):
     log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
     image_0, image_1 = log_ratio.chunk(2)
     margin = image_0 - image_1
-    weight = gamma * (
-        2 * p - 1
-    )  # the paper's 2 alpha - gamma; its sign says who wins, and p = 1/2 has no gradient
+    weight = gamma * (2 * p - 1)  # the paper's 2 alpha - gamma; its sign says who wins, p = 1/2 fades out
     losses = -F.logsigmoid(0.5 * beta * weight * margin)  # p = gamma = 1 is Diffusion-DPO
     return losses, margin.detach()
 
@@ -66,21 +61,15 @@ def smpo_loss(err, ref_err, p, beta, gamma):
 class Config(common.TrainConfig):
     beta: float = flag(2000.0, "KL strength: larger stays closer to the reference; too small ruins the model")
     gamma: float = flag(10.0, "sharpness of the smoothed preference: its weight runs from -gamma to gamma")
-    inversion_steps: int = flag(
-        5, "DDIM steps from clean to t = T; 0 draws the noise instead: smoothing alone"
-    )
+    inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws the noise: smoothing alone")
     renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion")
-    landing: str = flag(
-        "grid", "where the inversion ends: t (exactly on the sampled t) or grid (first grid level >= t)"
-    )
+    landing: str = flag("grid", "where the inversion ends: t (on the drawn t) or grid (first level >= t)")
     min_t: int = flag(0, "smallest t; near 0 the found noise is a difference divided by nearly nothing")
     reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
     reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
     scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
     reward_min: float | None = flag(None, "smallest reward, for the normalisation; default: the data's own")
-    reward_max: float | None = flag(
-        None, "largest reward; released code: 11.5435 and 28.2016, in PickScore's unit"
-    )
+    reward_max: float | None = flag(None, "largest; released code: 11.5435, 28.2016 in PickScore's unit")
 
 
 PRESETS = {

@@ -1,10 +1,9 @@
 """Rebuild the tiny world from nothing: `python tests/tiny/make.py` (about an hour on 2 CPU cores).
 
-1. tokenizer, VAE, then UNet + text encoder on flawed drawings      -> model/   a stock
-StableDiffusionPipeline 2. two images a caption from that model, labelled by annotators     -> pairs/
-Pick-a-Pic v2's columns 3. CLIP on drawings, then PickScore's objective on the labels       -> reward/
-PickScore's layout 4. prompts in no pair, and a sheet to look at                       -> prompts/, sheet.png,
-facts.json
+1. tokenizer, VAE, then UNet + text encoder on flawed drawings      -> model/   a StableDiffusionPipeline
+2. two images a caption from that model, labelled by annotators     -> pairs/   Pick-a-Pic v2's columns
+3. CLIP on drawings, then PickScore's objective on labels           -> reward/  PickScore's layout
+4. prompts in no pair, and a sheet to look at                       -> prompts/, sheet.png, facts.json
 
 Every stage is seeded and keeps its state in OUT/work: run the command again and it goes on where it stopped.
 What is shipped in tests/tiny was made by this script (copy the folders, not `work`). A GPU, where there is
@@ -37,7 +36,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 GUIDANCE, SAMPLING_STEPS = 2.0, 20
 PAIRS_PER_CAPTION = 5  # shipped: 384 x 5 pairs to train on, 64 x 5 to validate and test the reward model on
 REWARD_ONLY_PAIRS = 3  # more pairs of the training captions that only the reward model sees; not shipped
-VAE_STEPS, UNET_STEPS, CLIP_STEPS, REWARD_STEPS = 1600, 3500, 900, 500
+VAE_STEPS, UNET_STEPS, CLIP_STEPS, REWARD_STEPS = 1600, 3500, 900, 600
 
 
 def train(name, work, modules, loss_of, steps, lr, ema=None):
@@ -311,35 +310,50 @@ def make_reward(out, work, images, truths, training, validation):
 
     train("clip", work, [model], clip_loss, CLIP_STEPS, 1e-3)
 
-    def tensors(rows):
-        pils = [[Image.open(io.BytesIO(r[f"jpg_{k}"])) for r in rows] for k in (0, 1)]
-        labels = torch.tensor([r["label_0"] for r in rows])
-        return ids_of(tokenizer, [r["caption"] for r in rows]), *(pixels(processor, p) for p in pils), labels
+    def scores(caption, x):  # PickScore: exp(logit_scale) * cosine of the two embeddings
+        result = model(input_ids=caption, pixel_values=x)
+        return model.logit_scale.exp() * (result.text_embeds * result.image_embeds).sum(-1)
 
-    def scores(caption, x0, x1):  # PickScore: exp(logit_scale) * cosine of the two embeddings; (B, 2)
-        result = model(input_ids=caption, pixel_values=torch.cat([x0, x1]))
-        ours = torch.cat([result.text_embeds] * 2)
-        return (model.logit_scale.exp() * (ours * result.image_embeds).sum(-1)).view(2, -1).T
+    # Any two images of a caption are a pair, labelled once by one annotator: 5,760 pairs of images would be
+    # learnt by heart, the 46,080 that 16 images a caption make are not.
+    texts = [t for rows in training for t in rows["caption"] * 2]
+    pils = [Image.open(io.BytesIO(i)) for rows in training for k in (0, 1) for i in rows[f"jpg_{k}"]]
+    seen, people, given = world.features(pils, texts), world.annotators(), {}
+    caption, x = ids_of(tokenizer, texts), pixels(processor, pils)
+    by_caption = {t: [] for t in texts}
+    for i, t in enumerate(texts):
+        by_caption[t].append(i)
+    by_caption = [torch.tensor(rows) for rows in by_caption.values()]
 
-    caption, x0, x1, label = tensors([row for part in training for row in part])
+    def label(i, j):
+        if (i, j) not in given:
+            rng = np.random.default_rng([i, j, 7])
+            given[i, j] = world.answer(seen[i], seen[j], people[int(rng.integers(len(people)))], rng)
+        return given[i, j]
 
     def preference_loss(generator):  # arXiv 2305.01569 Eq. 2: cross-entropy of the softmax over both scores
-        rows = torch.randint(len(label), (128,), generator=generator)
-        a, b = (
-            torch.where(torch.rand(128, 1, 1, 1, generator=generator) < 0.5, x[rows].flip(-1), x[rows])
-            for x in (x0, x1)
-        )
-        target = torch.stack([label[rows], 1 - label[rows]], 1)
-        return -(target * F.log_softmax(scores(caption[rows], a, b), 1)).sum(1).mean()
+        pairs = []
+        for _ in range(128):
+            rows = by_caption[int(torch.randint(len(by_caption), (), generator=generator))]
+            pairs.append(sorted(rows[torch.randperm(len(rows), generator=generator)[:2]].tolist()))
+        first, rows = torch.tensor([label(i, j) for i, j in pairs]), torch.tensor(pairs).T.flatten()
+        mirror = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
+        predicted = scores(caption[rows], torch.where(mirror, x[rows].flip(-1), x[rows])).view(2, -1).T
+        target = torch.stack([first, 1 - first], 1).float()
+        return -(target * F.log_softmax(predicted, 1)).sum(1).mean()
 
+    # The contrastive stage ends at 21, where a preference would be far too sure of itself: scores should be
+    # log-odds of a crowd that disagrees.
+    model.logit_scale.data.fill_(math.log(6))
     model.train()
-    train("reward", work, [model], preference_loss, REWARD_STEPS, 1e-4, ema=0.99)
+    train("reward", work, [model], preference_loss, REWARD_STEPS, 3e-4, ema=0.99)
     model.eval()
+    tokens, answers = ids_of(tokenizer, validation["caption"]), torch.tensor(validation["label_0"])
+    held_out = [pixels(processor, [Image.open(io.BytesIO(i)) for i in validation[f"jpg_{k}"]]) for k in (0, 1)]
     with torch.no_grad():
-        caption, x0, x1, label = tensors(list(validation))
-        predicted = scores(caption, x0, x1)
-    counted = label != 0.5
-    accuracy = ((predicted[:, 0] > predicted[:, 1]) == (label == 1))[counted].float().mean().item()
+        predicted = torch.stack([scores(tokens, x) for x in held_out], 1)
+    counted = answers != 0.5
+    accuracy = ((predicted[:, 0] > predicted[:, 1]) == (answers == 1))[counted].float().mean().item()
     model.save_pretrained(out / "reward.new")
     tokenizer.save_pretrained(out / "reward.new")
     processor.save_pretrained(out / "reward.new")
