@@ -349,9 +349,9 @@ def make_reward(out, work, images, truths, training, validation):
     train("reward", work, [model], preference_loss, REWARD_STEPS, 3e-4, ema=0.99)
     model.eval()
     tokens, answers = ids_of(tokenizer, validation["caption"]), torch.tensor(validation["label_0"])
-    held_out = [pixels(processor, [Image.open(io.BytesIO(i)) for i in validation[f"jpg_{k}"]]) for k in (0, 1)]
+    unseen = [[Image.open(io.BytesIO(i)) for i in validation[f"jpg_{k}"]] for k in (0, 1)]
     with torch.no_grad():
-        predicted = torch.stack([scores(tokens, x) for x in held_out], 1)
+        predicted = torch.stack([scores(tokens, pixels(processor, p)) for p in unseen], 1)
     counted = answers != 0.5
     accuracy = ((predicted[:, 0] > predicted[:, 1]) == (answers == 1))[counted].float().mean().item()
     model.save_pretrained(out / "reward.new")
