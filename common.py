@@ -132,10 +132,11 @@ class TrainConfig:
     steps: int = flag(0, "optimizer steps")
     batch: int = flag(0, "rows (pairs) per optimizer step, over all GPUs")
     micro_batch: int = flag(0, "rows per GPU per forward; the gradient accumulation follows from it")
+    optimizer: str = flag("adamw", "adamw, or adafactor (relative steps off): almost no state, for SDXL")
     lr: float = flag(0.0, "peak learning rate, used as it is: nothing scales it")
     warmup: int = flag(0, "optimizer steps of linear warm-up, then constant")
     clip: float = flag(1.0, "largest gradient norm; 0 does not clip")
-    weight_decay: float = flag(0.01, "AdamW's decoupled weight decay")
+    weight_decay: float = flag(0.01, "decoupled weight decay")
     caption_dropout: float = flag(0.0, "share of rows trained without their caption (keeps guidance working)")
     flip: bool = flag(False, "mirror half of the rows")
     resolution: int = flag(512, "side of the square the images are resized and centre-cropped to, in px")
@@ -145,6 +146,7 @@ class TrainConfig:
         False, "gradient checkpointing: a third more compute for a fraction of the memory"
     )
     compile: bool = flag(False, "torch.compile the UNets")
+    channels_last: bool = flag(False, "convolutions in channels-last memory order; faster on some GPUs")
     workers: int = flag(0, "processes (cache: threads) that decode images; 0 decodes in the training process")
     cache: str | None = flag(None, "compute latents and caption embeddings once and keep them in this folder")
     save_every: int = flag(500, "steps between checkpoints for --resume")
@@ -309,6 +311,8 @@ class Models:
                 raise InputError(f"no {name} in {other or cfg.model}: {first_line(error)}") from error
 
         self.unet = part(UNet2DConditionModel, "unet", cfg.unet).float().to(device)
+        if cfg.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
         vae = part(AutoencoderKL, "vae", cfg.vae)
         # SDXL's own VAE overflows in half precision, and says so; the fp16 fix (--vae) does not
         self.vae = vae.to(torch.float32 if xl and vae.config.force_upcast else self.dtype).to(device)
@@ -401,9 +405,13 @@ def take(cond, rows):
 
 
 def reference_unet(models, cfg):
-    """A frozen copy of the start UNet. Made before a checkpoint is loaded, and in the trained one's
-    precision: beta in the thousands would make a difference in rounding a preference."""
+    """A frozen copy of the start UNet, made before a checkpoint is loaded. It computes exactly what the
+    trained one does, since beta in the thousands would make a difference in rounding a preference: what
+    autocast casts anyway is kept cast, which saves memory; the norms stay fp32."""
     ref = copy.deepcopy(models.unet).requires_grad_(False)
+    for module in ref.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.to(models.dtype)
     return torch.compile(ref) if cfg.compile else ref
 
 
@@ -615,6 +623,9 @@ class CachedRows:
             lambda part: models.encode_prompts([row["caption"] for row in part]), "captions", place,
         )  # fmt: skip
 
+        for module in (models.vae, *models.encoders):  # their work is done
+            module.to("cpu")
+
     def hash(self):
         return self.rows_hash
 
@@ -809,6 +820,24 @@ def write_config(cfg):
     (Path(cfg.out) / "config.json").write_text(text + "\n")
 
 
+def make_optimizer(cfg, weights, world):
+    """The optimizer; on several GPUs each keeps the state of its share of the weights (ZeRO, stage 1)."""
+    if cfg.optimizer == "adamw":
+        kind, more = torch.optim.AdamW, {"fused": True}
+    elif cfg.optimizer == "adafactor":  # as Diffusion-DPO's code trains SDXL: the lr is the lr
+        from transformers.optimization import Adafactor as kind
+
+        more = {"scale_parameter": False, "relative_step": False}
+    else:
+        raise InputError(f"--optimizer {cfg.optimizer} is not one of adamw, adafactor")
+    more |= {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
+    if world == 1:
+        return kind(weights, **more)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(weights, kind, **more)
+
+
 class Run:
     """One training run: what lies between the loss and the disk, the same for every method.
 
@@ -828,7 +857,7 @@ class Run:
         self.accumulate = cfg.batch // (cfg.micro_batch * place.world)
         self.weights = [p for p in models.unet.parameters() if p.requires_grad]
         self.average = [p.detach().cpu().clone() for p in self.weights] if ema and place.main else []
-        self.optimizer = torch.optim.AdamW(self.weights, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        self.optimizer = make_optimizer(cfg, self.weights, place.world)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=cfg.precision == "fp16")
         self.step = self.bad = self.signal = 0
         if cfg.resume:
@@ -946,12 +975,14 @@ class Run:
             if self.place.main:
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir(parents=True)
-            barrier()
+            if self.place.world > 1:  # the shares of the optimizer's state, brought together
+                self.optimizer.consolidate_state_dict(to=0)
             for name, kept in self.keep.items():
                 write(new / f"{name}.safetensors", {k: v.contiguous() for k, v in kept.state_dict().items()})
             if self.place.main:
                 moments = self.optimizer.state_dict()["state"]
-                moments = {f"{i}.{k}": v.contiguous() for i, m in moments.items() for k, v in m.items()}
+                moments = {f"{i}.{k}": torch.as_tensor(v) for i, m in moments.items() for k, v in m.items()}
+                moments = {k: v.contiguous() for k, v in moments.items()}
                 weights = {k: v.contiguous() for k, v in self.models.unet.state_dict().items()}
                 write(new / "optimizer.safetensors", moments)
                 write(new / "unet.safetensors", weights)
@@ -985,7 +1016,8 @@ class Run:
             for name, value in load_file(folder / "optimizer.safetensors").items():
                 i, key = name.split(".")
                 moments.setdefault(int(i), {})[key] = value
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+            group = self.optimizer.param_groups[0] | {"params": list(range(len(self.weights)))}
+            self.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
             if self.average:
                 average = load_file(folder / "average.safetensors")
                 self.average = [average[str(i)] for i in range(len(self.average))]

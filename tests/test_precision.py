@@ -1,0 +1,55 @@
+"""Half precision must not become a preference: the margin at step 0 is exactly 0, and errors stay close to
+fp32's."""
+
+import pytest
+import torch
+from conftest import TINY
+
+import common
+import dpo_baseline
+import dro
+import smpo
+
+METHODS = {"dpo": (dpo_baseline, "margin"), "smpo": (smpo, "margin"), "dro": (dro, "gap")}
+
+
+@pytest.mark.parametrize("method, precision", [*((m, "bf16") for m in METHODS), ("dpo", "fp16")])
+def test_the_margin_at_step_0_is_exactly_zero(method, precision, make_set, rows, tmp_path, log_of):
+    (script, name), steps = METHODS[method], 1 if precision == "fp16" else 2  # fp16 is slow on a CPU
+    script.main([
+        "--data", make_set(rows[:8]), "--out", str(tmp_path / "out"), "--cache", "", "--eval_prompts", "0",
+        "--steps", str(steps), "--batch", "4", "--micro_batch", "4", "--precision", precision, "--warmup", "0",
+        *(["--experts", "8"] if method == "dro" else []),
+    ])  # fmt: skip
+    log = log_of(tmp_path / "out")
+    assert log[0][name] == 0 and (precision == "fp16" or log[1][name] != 0)
+
+
+def test_bf16_errors_are_near_fp32s():
+    """The same weights, noise and captions: a denoising error differs by less than 2 % of its value."""
+    random = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 16, 4, 8, 8, generator=random)
+    t = torch.arange(20, 1000, 61)[:16]
+    errors = []
+    for precision in ("fp32", "bf16"):
+        cfg = dpo_baseline.Config(model=str(TINY / "model"), precision=precision)
+        models = common.Models(cfg, torch.device("cpu"))
+        cond = models.encode_prompts(["a red star on navy"] * 16)
+        xt = common.add_noise(x0, noise, t, models.alpha_bar)
+        with torch.no_grad():
+            out = models.predict(models.unet, xt, t, cond)
+        assert out.dtype == torch.float32 and next(models.unet.parameters()).dtype == torch.float32
+        errors.append(dpo_baseline.denoising_error(out, noise))
+    assert not torch.equal(*errors) and ((errors[1] - errors[0]).abs() / errors[0]).max() < 0.02
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_optimizers_resume(optimizer, make_set, rows, tmp_path, log_of):
+    flags = [
+        "--data", make_set(rows[:8]), "--cache", str(tmp_path / "c"), "--eval_prompts", "0", "--batch", "4",
+        "--micro_batch", "4", "--optimizer", optimizer, "--save_every", "1", "--channels_last", "1",
+    ]  # fmt: skip
+    dpo_baseline.main([*flags, "--out", str(tmp_path / "a"), "--steps", "3"])
+    dpo_baseline.main([*flags, "--out", str(tmp_path / "b"), "--steps", "2"])
+    dpo_baseline.main([*flags, "--out", str(tmp_path / "b"), "--steps", "3", "--resume"])
+    assert [x["loss"] for x in log_of(tmp_path / "a")] == [x["loss"] for x in log_of(tmp_path / "b")]
