@@ -76,10 +76,11 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
         rows = (stop >= k).nonzero()[:, 0]
         here = rows.to(xT.device)
         eps[here] = e = eps_fn(x[here], timesteps[k, rows].to(xT.device), here)
-        on = stop[rows] > k  # the others have arrived
-        rows, here, e = rows[on], here[on.to(xT.device)], e[on.to(xT.device)]
-        if not len(rows):
+        on = (stop[rows] > k).nonzero()[:, 0]  # the others have arrived
+        if not len(on):
             break
+        rows, e = rows[on], e[on.to(xT.device)]
+        here = rows.to(xT.device)
         clean = (x[here] - to_image(sigma[k, rows]) * e) / to_image(alpha[k, rows])  # the predicted x0
         direction, h = clean, lam[k + 1, rows] - lam[k, rows]
         if k:  # second order: extrapolate from the prediction of the step before

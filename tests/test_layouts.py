@@ -9,6 +9,8 @@ import torch
 from conftest import TINY
 
 import common
+import dpo_baseline
+import dro
 import smpo
 
 
@@ -112,18 +114,26 @@ def test_xl_conditions_are_the_pipelines_own(xl_model):
     assert x0.shape == (2, 4, 8, 8) and cond["time_ids"].tolist() == row["size"][0].tolist()
 
 
+METHODS = {
+    "smpo": (smpo, []), "dpo": (dpo_baseline, []), "sft": (dpo_baseline, ["--sft", "1"]),
+    "dro": (dro, ["--experts", "8", "--refresh_every", "2", "--buffer", "8"]),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", ["v_model", "xl_model"])
-@pytest.mark.parametrize("cache", [True, False])
-def test_training(layout, cache, request, make_set, rows, tmp_path, log_of):
-    """A few steps with each landing rule's own code, then the stock pipeline samples with the new UNet."""
+@pytest.mark.parametrize("method, cache", [("smpo", True), ("smpo", False), ("dpo", False), ("sft", True),
+                                           ("dro", True), ("dro", False)])  # fmt: skip
+def test_training(layout, method, cache, request, make_set, rows, tmp_path, log_of):
+    """A few steps, saved and read back, then the stock pipeline samples with the new UNet."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
     model, out = request.getfixturevalue(layout), tmp_path / "out"
     flags = ["--model", model, "--data", make_set(rows[:12]), "--out", str(out), "--eval_prompts", "0"]
     flags += ["--cache", str(tmp_path / "cache") if cache else "", "--flip", "1", "--caption_dropout", "0.5"]
-    smpo.main([*flags, "--steps", "2", "--batch", "4", "--micro_batch", "4"])
-    log = log_of(out)
-    assert len(log) == 2 and log[0]["margin"] == 0 and log[1]["margin"] != 0
+    script, more = METHODS[method]
+    script.main([*flags, *more, "--steps", "2", "--batch", "4", "--micro_batch", "2"])
+    log, margin = log_of(out), {"dro": "gap", "sft": "loss"}.get(method, "margin")
+    assert len(log) == 2 and log[1][margin] != 0 and (method == "sft" or log[0][margin] == 0)
     pipeline = DiffusionPipeline.from_pretrained(model, low_cpu_mem_usage=False).to(torch.float32)
     pipeline.unet = UNet2DConditionModel.from_pretrained(out / "unet", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)

@@ -18,7 +18,8 @@ def test_the_margin_at_step_0_is_exactly_zero(method, precision, make_set, rows,
     (script, name), steps = METHODS[method], 1 if precision == "fp16" else 2  # fp16 is slow on a CPU
     script.main([
         "--data", make_set(rows[:8]), "--out", str(tmp_path / "out"), "--cache", "", "--eval_prompts", "0",
-        "--steps", str(steps), "--batch", "4", "--micro_batch", "4", "--precision", precision, "--warmup", "0",
+        "--steps", str(steps), "--batch", "4", "--micro_batch", "4", "--warmup", "0",
+        "--precision", precision,
         *(["--experts", "8"] if method == "dro" else []),
     ])  # fmt: skip
     log = log_of(tmp_path / "out")
