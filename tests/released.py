@@ -6,7 +6,6 @@ The released code does it with sample 0's t for a whole batch; here every sample
 means depends on the library: diffusers 0.20.0, which it pins, and 0.22 and later disagree about which end of
 a step a timestep names."""
 
-
 import torch
 
 
