@@ -316,10 +316,12 @@ def make_reward(out, work, images, truths, training, validation):
 
     # Any two images of a caption are a pair, labelled once by one annotator: 5,760 pairs of images would be
     # learnt by heart, the 46,080 that 16 images a caption make are not.
-    texts = [t for rows in training for t in rows["caption"] * 2]
+    texts = [t for rows in training for t in list(rows["caption"]) * 2]
     pils = [Image.open(io.BytesIO(i)) for rows in training for k in (0, 1) for i in rows[f"jpg_{k}"]]
-    seen, people, given = world.features(pils, texts), world.annotators(), {}
-    caption, x = ids_of(tokenizer, texts), pixels(processor, pils)
+    parts = range(0, len(pils), 256)
+    seen = np.concatenate([world.features(pils[i : i + 256], texts[i : i + 256]) for i in parts])
+    people, given = world.annotators(), {}
+    caption, x = ids_of(tokenizer, texts), torch.cat([pixels(processor, pils[i : i + 256]) for i in parts])
     by_caption = {t: [] for t in texts}
     for i, t in enumerate(texts):
         by_caption[t].append(i)
@@ -348,7 +350,7 @@ def make_reward(out, work, images, truths, training, validation):
     model.train()
     train("reward", work, [model], preference_loss, REWARD_STEPS, 3e-4, ema=0.99)
     model.eval()
-    tokens, answers = ids_of(tokenizer, validation["caption"]), torch.tensor(validation["label_0"])
+    tokens, answers = ids_of(tokenizer, list(validation["caption"])), torch.tensor(validation["label_0"])
     unseen = [[Image.open(io.BytesIO(i)) for i in validation[f"jpg_{k}"]] for k in (0, 1)]
     with torch.no_grad():
         predicted = torch.stack([scores(tokens, pixels(processor, p)) for p in unseen], 1)
@@ -364,7 +366,7 @@ def make_reward(out, work, images, truths, training, validation):
 def make_facts(out, training, validation, accuracy, predicted):
     """What a reader should know of this world, measured on the validation captions' pairs."""
     pils = [[Image.open(io.BytesIO(r[f"jpg_{k}"])).convert("RGB") for r in validation] for k in (0, 1)]
-    captions = validation["caption"]
+    captions = list(validation["caption"])
     seen, gold = zip(
         *((world.features(p, captions), torch.from_numpy(world.gold_score(p, captions))) for p in pils)
     )
