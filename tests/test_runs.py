@@ -216,7 +216,7 @@ def bad(rows, name):
     ("no image decodes", [], "its 8 rows are all ties"),
     ("caption is a list", [], "captions must be text"),
     ("does not divide by", ["--batch", "6", "--micro_batch", "4"], "does not divide"),
-    ("no steps", ["--steps", "0"], "--steps must be above 0"),
+    ("no steps", ["--steps", "0"], "--steps must be >0"),
     ("precision", ["--precision", "fp8"], "fp8"),
     ("preset", ["--preset", "sd3"], "sd3 is not one of"),
     ("prompts", ["--eval_prompts", "4", "--prompts", "nowhere.txt"], "nowhere.txt"),
