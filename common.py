@@ -211,6 +211,7 @@ def launch(main):
         print(str(why) or "interrupted: what was finished is kept, --resume goes on", file=sys.stderr)
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -240,7 +241,11 @@ def setup():
     if "RANK" not in os.environ:
         return Place(device=device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps one store over all restarts, and in it
+            # the dead workers' addresses; on several nodes the restart counts may differ
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return Place(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -536,10 +541,12 @@ def square(image, side):
 
 def go_through(rows, folder, work, title, place):
     """Call work(up to PART raw rows) -> dict of tensors over a whole set, once, each result a file of
-    `folder` with the rows' captions, labels and hash. A part that is there is not made again: this can be
-    killed and restarted. The ranks take the parts in turn. Returns the files."""
+    `folder` with the rows' captions, labels and hash. A part that is there is not made again, and a whole set
+    not read again: this can be killed and restarted. The ranks take the parts in turn. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    iterator, files = iter(rows), []
+    iterator, files, whole = iter(rows), [], folder / "whole"
+    if agree(whole.exists()):
+        return sorted(folder.glob("part-*.safetensors"))
     with tqdm(desc=title, unit=" rows", disable=not place.main) as bar:
         while part := list(islice(iterator, PART)):
             files.append(folder / f"part-{len(files):06d}.safetensors")
@@ -550,6 +557,7 @@ def go_through(rows, folder, work, title, place):
                 captions = json.dumps([row["caption"] for row in part])
                 write(files[-1], result, {"captions": captions, "hash": hash_rows(part)})
     barrier()
+    whole.touch()
     return files
 
 

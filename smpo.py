@@ -64,7 +64,7 @@ class Config(common.TrainConfig):
     gamma: float = flag(10.0, "sharpness of the smoothed preference: weights run from -gamma to gamma", ">0")
     inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws noise: smoothing alone", ">=0")
     renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion", ">=0")
-    landing: Literal["t", "grid"] = flag("grid", "end of inversion: the drawn t, or the first grid level >= t")
+    landing: Literal["t", "grid"] = flag("grid", "where inversion ends: drawn t, or first grid level >= t")
     min_t: int = flag(0, "smallest t; near 0 found noise is a difference divided by nearly nothing", ">=0")
     reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
     reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
