@@ -8,6 +8,7 @@ wins is the method file's business.
 
 import copy
 import dataclasses
+import glob
 import hashlib
 import io
 import json
@@ -462,7 +463,9 @@ def open_rows(path, columns, streaming=False):
         raise InputError(f"--data {path} does not exist")
     if not files and place.is_dir() and not (place / "metadata.jsonl").exists():
         raise InputError(f"--data {path} holds neither parquet files nor a metadata.jsonl")
-    what = ("parquet", {"data_files": files}) if files else ("imagefolder", {"data_dir": path})
+    # all of an image folder: left to itself, `datasets` would take a train.json or test_1.png for a split
+    everything = {"data_files": {"train": f"{glob.escape(path)}/**"}}
+    what = ("parquet", {"data_files": files}) if files else ("imagefolder", everything)
     what = what if files or place.is_dir() else (path, {})
     try:
         rows = load_dataset(what[0], **what[1], split="train", streaming=streaming)
@@ -557,7 +560,8 @@ def go_through(rows, folder, work, title, place):
                 captions = json.dumps([row["caption"] for row in part])
                 write(files[-1], result, {"captions": captions, "hash": hash_rows(part)})
     barrier()
-    whole.touch()
+    if place.main:
+        whole.touch()
     return files
 
 
@@ -758,7 +762,7 @@ def load_reward(path, processor=None, device="cpu", dtype=torch.float32):
         model = CLIPModel.from_pretrained(path, use_safetensors=True).to(dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(processor or path)
         settings = CLIPImageProcessorPil.from_pretrained(processor or path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # safetensors and the hub raise their own
         raise InputError(f"reward model {path} cannot be loaded: {first_line(error)}") from error
 
     @torch.no_grad()
