@@ -865,8 +865,9 @@ def check(cfg, place):
     except (OSError, ValueError, AssertionError) as error:
         raise InputError(f"--out {cfg.out} holds something else than a run: nothing is touched") from error
     if cfg.resume:
-        now = what_matters(cfg)  # what is not given may stand resolved in the config: see Run.load
-        refuse_changes(cfg, {name: config.get(name) for name, value in now.items() if value is not None})
+        given = [name for name, value in what_matters(cfg).items() if value is not None]
+        # what is not given may stand there resolved: Run.load sees to that
+        refuse_changes(cfg, {name: config[name] for name in given if name in config})
 
 
 def refuse_changes(cfg, settings):
