@@ -8,6 +8,7 @@ wins is the method file's business.
 
 import copy
 import dataclasses
+import glob
 import hashlib
 import io
 import json
@@ -23,13 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -109,9 +111,17 @@ def _ddim(x, eps, ab_from, ab_to):
 
 
 # --------------------------------------------------------------------------------------------- command line
-def flag(default, text):
-    """A Config field: its default, and the help text that --help shows (% is doubled for argparse)."""
-    return dataclasses.field(default=default, metadata={"help": text.replace("%", "%%")})
+RANGES = {
+    ">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf,
+    "0..1": lambda x: 0 <= x <= 1, "0..<1": lambda x: 0 <= x < 1,
+}  # fmt: skip
+
+
+def flag(default, text, range=None):
+    """A Config field: its default, the help text that --help shows (% is doubled for argparse), and which of
+    RANGES its value has to be in: --help shows that too, and `check` refuses other values."""
+    more = {"metavar": range} if range else {}
+    return dataclasses.field(default=default, metadata={"help": text.replace("%", "%%"), **more})
 
 
 @dataclass
@@ -129,17 +139,18 @@ class TrainConfig:
         "", "pairs: a parquet file, a folder of them, an image folder with metadata.jsonl, or a hub id"
     )
     out: str = flag("", "folder for everything the run writes")
-    steps: int = flag(0, "optimizer steps")
-    batch: int = flag(0, "rows (pairs) per optimizer step, over all GPUs")
-    micro_batch: int = flag(0, "rows per GPU per forward; the gradient accumulation follows from it")
-    optimizer: str = flag("adamw", "adamw, or adafactor (relative steps off): almost no state, for SDXL")
-    lr: float = flag(0.0, "peak learning rate, used as it is: nothing scales it")
-    warmup: int = flag(0, "optimizer steps of linear warm-up, then constant")
-    clip: float = flag(1.0, "largest gradient norm; 0 does not clip")
-    weight_decay: float = flag(0.01, "decoupled weight decay")
-    caption_dropout: float = flag(0.0, "share of rows trained without their caption (keeps guidance working)")
+    steps: int = flag(0, "optimizer steps", ">0")
+    batch: int = flag(0, "rows (pairs) per optimizer step, over all GPUs", ">0")
+    micro_batch: int = flag(0, "rows per GPU per forward; the gradient accumulation follows from it", ">0")
+    optimizer: Literal["adamw", "adafactor"] = flag("adamw", "adafactor: hardly any state to keep")
+    lr: float = flag(0.0, "peak learning rate, used as it is: nothing scales it", ">0")
+    warmup: int = flag(0, "optimizer steps of linear warm-up, then constant", ">=0")
+    clip: float = flag(1.0, "largest gradient norm; 0 does not clip", ">=0")
+    weight_decay: float = flag(0.01, "decoupled weight decay", ">=0")
+    ema: float = flag(0.0, "decay of averaged weights, which are then what is written; 0: none", "0..<1")
+    caption_dropout: float = flag(0.0, "share of rows without their caption (keeps guidance working)", "0..1")
     flip: bool = flag(False, "mirror half of the rows")
-    resolution: int = flag(512, "side of the square the images are resized and centre-cropped to, in px")
+    resolution: int = flag(512, "side of the square the images are resized and cropped to, in px", ">0")
     seed: int = flag(0, "fixes every random draw, whatever the number of GPUs")
     precision: str = flag("fp32", "autocast to fp32, bf16 or fp16; the trained weights are fp32 in any case")
     checkpointing: bool = flag(
@@ -147,19 +158,19 @@ class TrainConfig:
     )
     compile: bool = flag(False, "torch.compile the UNets")
     channels_last: bool = flag(False, "convolutions in channels-last memory order; faster on some GPUs")
-    workers: int = flag(0, "processes (cache: threads) that decode images; 0 decodes in the training process")
+    workers: int = flag(0, "processes (cache: threads) that decode images; 0: the main process", ">=0")
     cache: str | None = flag(None, "compute latents and caption embeddings once and keep them in this folder")
-    save_every: int = flag(500, "steps between checkpoints for --resume")
-    keep_every: int = flag(0, "steps between UNets that are kept, in unet-STEP/; 0 keeps the last alone")
+    save_every: int = flag(500, "steps between checkpoints for --resume", ">0")
+    keep_every: int = flag(0, "steps between UNets to keep, in unet-STEP/; 0 keeps the last alone", ">=0")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     overwrite: bool = flag(False, "start over in an --out that holds a run")
     eval_prompts: int = flag(
-        0, "images per model in the closing report (start against trained); 0 for no report"
+        0, "images per model in the closing report (start against trained); 0 for no report", ">=0"
     )
     prompts: str = flag("", "text file of the report's prompts, one a line")
     judge: str | None = flag(None, "PATH.py:FUNCTION(images, prompts) -> scores; the report's exact judge")
-    eval_steps: int = flag(50, "sampling steps of the report")
-    cfg: float = flag(7.5, "guidance scale of the report")
+    eval_steps: int = flag(50, "sampling steps of the report", ">0")
+    cfg: float = flag(7.5, "guidance scale of the report", ">=0")
 
 
 def tiny(name):
@@ -186,8 +197,8 @@ def parse(Config, presets, argv=None):
 
 
 def launch(main):
-    """Run a script: quiet libraries, one line and exit code 2 for bad input, the process group closed at the
-    end."""
+    """Run a script: quiet libraries; one line and exit code 2 for bad input and a disk that refuses; SIGTERM
+    is Ctrl-C; the process group closed at the end."""
     from datasets.utils import logging as datasets_log
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
@@ -195,15 +206,17 @@ def launch(main):
     for log in (datasets_log, diffusers_log, transformers_log):
         log.set_verbosity_error()
         log.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as why:
         print(str(why) or "interrupted: what was finished is kept, --resume goes on", file=sys.stderr)
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -233,7 +246,11 @@ def setup():
     if "RANK" not in os.environ:
         return Place(device=device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps one store over all restarts, and in it
+            # the dead workers' addresses; on several nodes the restart counts may differ
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return Place(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -306,9 +323,13 @@ class Models:
                 more |= {"variant": cfg.variant} if "use_safetensors" in more else {}
             more |= {"low_cpu_mem_usage": False} if loader in (AutoencoderKL, UNet2DConditionModel) else {}
             try:
-                return loader.from_pretrained(other or cfg.model, **more)
-            except (OSError, ValueError) as error:
+                loaded = loader.from_pretrained(other or cfg.model, **more)
+            except Exception as error:  # safetensors and the hub raise their own
                 raise InputError(f"no {name} in {other or cfg.model}: {first_line(error)}") from error
+            weights = loaded.parameters() if isinstance(loaded, torch.nn.Module) else ()
+            if not all(p.isfinite().all() for p in weights):
+                raise InputError(f"the {name} of {other or cfg.model} has weights that are not finite")
+            return loaded
 
         self.unet = part(UNet2DConditionModel, "unet", cfg.unet).float().to(device)
         if cfg.channels_last:
@@ -321,6 +342,15 @@ class Models:
         self.tokenizers = [part(AutoTokenizer, "tokenizer" + s) for _, s in encoders]
         for frozen in (self.vae, *self.encoders):
             frozen.requires_grad_(False).eval()
+        for name, its, ours in (
+            ("in_channels", self.unet.config.in_channels, vae.config.latent_channels),
+            ("cross_attention_dim", self.unet.config.cross_attention_dim,
+             sum(encoder.config.hidden_size for encoder in self.encoders)),
+            ("addition_embed_type", self.unet.config.addition_embed_type, "text_time" if xl else None),
+        ):  # fmt: skip
+            if its != ours:
+                where = f"--unet {cfg.unet}" if cfg.unet else f"the unet of {cfg.model}"
+                raise InputError(f"{where} does not fit --model: its {name} is {its}, not {ours}")
         scheduler = part(DDPMScheduler, "scheduler")
         self.alpha_bar, self.prediction = scheduler.alphas_cumprod.float(), scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
@@ -431,9 +461,8 @@ PAIR, SINGLE = ("jpg_0", "jpg_1"), ("image",)  # the image columns of a set of p
 
 def open_rows(path, columns, streaming=False):
     """The rows of a parquet file, a folder of them (the train files, where names tell splits apart), an image
-    folder with metadata.jsonl, or a hub id, as a datasets.(Iterable)Dataset; streaming reads in order and
-    copies nothing. InputError if it cannot be read, is empty, lacks one of the columns or has captions that
-    are no text."""
+    folder with metadata.jsonl, or a hub id, as a datasets.Dataset; streaming: as tidy rows (dicts) in order,
+    and nothing is copied. InputError if it cannot be read, is empty or lacks one of the columns."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
@@ -444,7 +473,9 @@ def open_rows(path, columns, streaming=False):
         raise InputError(f"--data {path} does not exist")
     if not files and place.is_dir() and not (place / "metadata.jsonl").exists():
         raise InputError(f"--data {path} holds neither parquet files nor a metadata.jsonl")
-    what = ("parquet", {"data_files": files}) if files else ("imagefolder", {"data_dir": path})
+    # all of an image folder: left to itself, `datasets` would take a train.json or test_1.png for a split
+    everything = {"data_files": {"train": f"{glob.escape(path)}/**"}}
+    what = ("parquet", {"data_files": files}) if files else ("imagefolder", everything)
     what = what if files or place.is_dir() else (path, {})
     try:
         rows = load_dataset(what[0], **what[1], split="train", streaming=streaming)
@@ -460,11 +491,31 @@ def open_rows(path, columns, streaming=False):
         raise InputError(f"--data {path} has no rows")
     if missing := [c for c in columns if c not in first]:
         raise InputError(f"--data {path} has no column {', '.join(missing)} (it has {', '.join(first)})")
-    if not isinstance(first["caption"], str):
-        raise InputError(
-            f"--data {path}: captions must be text, the first is a {type(first['caption']).__name__}"
-        )
-    return rows
+    return stream(rows, path) if streaming else rows
+
+
+def stream(rows, path):
+    """Tidy rows. InputError that names the row where one is no good, or the file breaks off."""
+    number = 0
+    try:
+        for number, row in enumerate(rows):
+            yield tidy(row, number)
+    except InputError as error:
+        raise InputError(f"--data {path}: {error}") from error
+    except Exception as error:  # the same as above, but in the middle of the set
+        raise InputError(f"--data {path} cannot be read after row {number}: {first_line(error)}") from error
+
+
+def tidy(row, number):
+    """A row with one text as its caption (of a list the first), and label 0.5 where nobody gave one."""
+    caption, label = row["caption"], row.get("label_0", 1)
+    caption = caption[0] if isinstance(caption, list) and caption else caption
+    label = 0.5 if row.get("has_label") is False else label
+    if not isinstance(caption, str):
+        raise InputError(f"the caption of row {number} (from 0) is no text: {caption!r}")
+    if label not in (0, 0.5, 1):
+        raise InputError(f"label_0 of row {number} (from 0) is {label!r}, not 0, 0.5 or 1")
+    return row | {"caption": caption} | ({"label_0": label} if "label_0" in row else {})
 
 
 def raw_bytes(cell):
@@ -476,10 +527,17 @@ def raw_bytes(cell):
 
 
 def decode_image(cell):
-    """An image cell -> PIL RGB, turned as its EXIF says; None if it does not decode."""
+    """An image cell -> PIL RGB: the first frame, turned as its EXIF says, on white where it is transparent;
+    None if it does not decode."""
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(raw_bytes(cell)))).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw_bytes(cell))))
+        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8, not scale
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception:  # Pillow's readers raise nearly anything
         return None
 
 
@@ -496,10 +554,12 @@ def square(image, side):
 
 def go_through(rows, folder, work, title, place):
     """Call work(up to PART raw rows) -> dict of tensors over a whole set, once, each result a file of
-    `folder` with the rows' captions, labels and hash. A part that is there is not made again: this can be
-    killed and restarted. The ranks take the parts in turn. Returns the files."""
+    `folder` with the rows' captions, labels and hash. A part that is there is not made again, and a whole set
+    not read again: this can be killed and restarted. The ranks take the parts in turn. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    iterator, files = iter(rows), []
+    iterator, files, whole = iter(rows), [], folder / "whole"
+    if agree(whole.exists()):
+        return sorted(folder.glob("part-*.safetensors"))
     with tqdm(desc=title, unit=" rows", disable=not place.main) as bar:
         while part := list(islice(iterator, PART)):
             files.append(folder / f"part-{len(files):06d}.safetensors")
@@ -510,12 +570,18 @@ def go_through(rows, folder, work, title, place):
                 captions = json.dumps([row["caption"] for row in part])
                 write(files[-1], result, {"captions": captions, "hash": hash_rows(part)})
     barrier()
+    if place.main:
+        whole.touch()
     return files
 
 
 def write(path, tensors, metadata=None):
     """save_file, but the name appears only when all of it is on the disk."""
-    save_file(tensors, f"{path}.new", metadata)
+    try:
+        save_file(tensors, f"{path}.new", metadata)
+    except Exception as error:  # a full disk, above all: safetensors raises its own error
+        Path(f"{path}.new").unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {first_line(error)}") from error
     os.replace(f"{path}.new", path)
 
 
@@ -565,14 +631,18 @@ class ImageRows:
 
     def __init__(self, cfg, images, columns):
         self.rows, self.images, self.side = open_rows(cfg.data, columns), images, cfg.resolution
-        self.captions = self.rows["caption"]
-        self.labels = torch.tensor(self.rows["label_0"] if images == PAIR else [1.0] * len(self.rows)).float()
-        self.good = torch.ones(len(self.rows), dtype=torch.bool)
+        self.data = cfg.data
+        texts = self.rows.select_columns([c for c in self.rows.column_names if c not in images])
+        texts = list(stream(texts, cfg.data))
+        self.captions = [row["caption"] for row in texts]
+        self.labels = torch.tensor([float(row.get("label_0", 1)) for row in texts])
+        self.good = torch.ones(len(texts), dtype=torch.bool)
 
     def hash(self):
-        starts = range(0, len(self.rows), PART)
-        parts = (self.rows.select(range(i, min(i + PART, len(self.rows)))) for i in starts)
-        return sha256("".join(hash_rows(part) for part in parts))
+        rows, hashes = stream(self.rows, self.data), ""
+        while part := list(islice(rows, PART)):
+            hashes += hash_rows(part)
+        return sha256(hashes)
 
     def get(self, row, caption, flip):
         cells = [decode_image(self.rows[row][name]) for name in self.images]
@@ -597,19 +667,23 @@ class CachedRows:
         folder = Path(cfg.cache) / sha256(json.dumps(about))[:16]
         pool, blank = ThreadPoolExecutor(max(1, cfg.workers)), Image.new("RGB", (cfg.resolution,) * 2)
 
+        def load(cell):
+            image = decode_image(cell)
+            return *square(image or blank, cfg.resolution), image is not None
+
         def encode(part):
-            tensors = {}
-            for name in images:
-                cells = list(pool.map(decode_image, [row[name] for row in part]))
-                pixels, sizes = zip(*(square(c or blank, cfg.resolution) for c in cells))
+            found, size = {}, 16 if cfg.flip else 32
+            # always 32 images at once: kernels' last bits depend on the batch, a restart should not change
+            # them; and no more of them decoded than that: a part of large photographs would fill the memory
+            for name, chunk in ((n, part[i : i + size]) for n in images for i in range(0, len(part), size)):
+                pixels, sizes, good = zip(*pool.map(load, [row[name] for row in chunk]))
                 views = torch.stack(pixels)[:, None]  # (rows, 1 or 2, 3, R, R): as it is, mirrored
                 views = torch.cat([views, views.flip(-1)], 1) if cfg.flip else views
-                # always 32 at once: kernels' last bits depend on the batch, a restart should not change them
-                latents = torch.cat([models.encode_images(chunk) for chunk in views.flatten(0, 1).split(32)])
-                tensors[f"{name}.latent"] = latents.to(models.dtype).unflatten(0, views.shape[:2])
-                tensors[f"{name}.size"] = torch.stack(sizes)
-                tensors[f"{name}.good"] = torch.tensor([c is not None for c in cells])
-            return tensors
+                latents = models.encode_images(views.flatten(0, 1)).to(models.dtype)
+                found.setdefault(f"{name}.latent", []).append(latents.unflatten(0, views.shape[:2]))
+                found.setdefault(f"{name}.size", []).append(torch.stack(sizes))
+                found.setdefault(f"{name}.good", []).append(torch.tensor(good))
+            return {name: torch.cat(tensors) for name, tensors in found.items()}
 
         self.files = go_through(
             open_rows(cfg.data, columns, True), folder / "latents", encode, "latents", place
@@ -650,6 +724,8 @@ class Samples(torch.utils.data.Dataset):
     its index k, and its row's value of each of `extra`, tensors over all rows."""
 
     def __init__(self, source, usable, cfg, models, **extra):
+        if not usable.any():
+            raise InputError(f"--data {cfg.data}: no row is left to train on")
         self.source, self.usable, self.cfg, self.extra = source, usable.nonzero()[:, 0], cfg, extra
         side = cfg.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
         self.latent, self.T = (models.vae.config.latent_channels, side, side), len(models.alpha_bar)
@@ -699,7 +775,7 @@ def load_reward(path, processor=None, device="cpu", dtype=torch.float32):
         model = CLIPModel.from_pretrained(path, use_safetensors=True).to(dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(processor or path)
         settings = CLIPImageProcessorPil.from_pretrained(processor or path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # safetensors and the hub raise their own
         raise InputError(f"reward model {path} cannot be loaded: {first_line(error)}") from error
 
     @torch.no_grad()
@@ -734,11 +810,12 @@ def score_pairs(path, score, out_file, name, unit, batch_size=32, place=None):
     def work(part):
         keys = [[item_key(row, name) for row in part] for name in PAIR]
         items = {key: (row, name) for name, ks in zip(PAIR, keys) for key, row in zip(ks, part)}  # each once
-        images = dict(zip(items, pool.map(lambda item: decode_image(item[0][item[1]]), items.values())))
-        good, value = [key for key in items if images[key]], {}
-        for chunk in (good[i : i + batch_size] for i in range(0, len(good), batch_size)):
-            scores = score([images[key] for key in chunk], [items[key][0]["caption"] for key in chunk])
-            value |= zip(chunk, scores.tolist())
+        value = {}
+        for chunk in (list(items)[i : i + batch_size] for i in range(0, len(items), batch_size)):
+            images = dict(zip(chunk, pool.map(lambda key: decode_image(items[key][0][items[key][1]]), chunk)))
+            good = [key for key in chunk if images[key]]  # no more than a batch is decoded at a time
+            texts = [items[key][0]["caption"] for key in good]
+            value |= zip(good, score([images[key] for key in good], texts).tolist() if good else ())
         scores = {f"score_{k}": torch.tensor([value.get(key, math.nan) for key in keys[k]]) for k in (0, 1)}
         return scores | {f"key_{k}": torch.tensor(keys[k]) for k in (0, 1)}
 
@@ -763,32 +840,79 @@ def load_scores(path, source=None):
         raise InputError(f"--scores {path} is no scores file: {first_line(error)}") from error
     if source and data != source.hash():
         raise InputError(f"--scores {path} was made from other rows than --data")
+    if not any(scores[k].isfinite().any() for k in SCORES[:2]):
+        raise InputError(f"--scores {path}: not one score is finite")
     return scores
 
 
 # -------------------------------------------------------------------------------------------------- training
 def check(cfg, place):
     """Refuse what can be refused before anything is loaded or written."""
-    for name in ("steps", "batch", "micro_batch", "lr", "resolution", "save_every"):
-        if getattr(cfg, name) <= 0:
-            raise InputError(f"--{name} must be above 0, it is {getattr(cfg, name)}")
+    for field in dataclasses.fields(cfg):
+        value, wanted = getattr(cfg, field.name), field.metadata.get("metavar")
+        if wanted and not RANGES[wanted](value):
+            raise InputError(f"--{field.name} must be {wanted}, it is {value}")
+    if cfg.resolution % 8:
+        raise InputError(f"--resolution must be a multiple of 8, it is {cfg.resolution}")
     if cfg.batch % (cfg.micro_batch * place.world):
         small = f"--micro_batch {cfg.micro_batch} x {place.world} (processes)"
         raise InputError(f"--batch {cfg.batch} does not divide by {small}")
     for name in ("model", "data"):
         if not getattr(cfg, name):
             raise InputError(f"--{name} is missing")
-    if cfg.eval_prompts and not Path(cfg.prompts).is_file():
-        raise InputError(f"--prompts {cfg.prompts} does not exist")
-    out = Path(cfg.out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if cfg.eval_prompts:
+        try_judge(cfg)
+    out = Path(cfg.out).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {cfg.out} cannot be written: {there} is no folder that can be written to")
+    # a run that was killed at once left its unfinished config.json at most
+    if there != out or not any(file.name != "config.json.new" for file in out.iterdir()):
         return
     if not (cfg.resume or cfg.overwrite):
-        raise InputError(f"--out {out} exists: --resume goes on, --overwrite starts over, or name another")
+        way = "--resume goes on, --overwrite starts over, or name another"
+        raise InputError(f"--out {cfg.out} exists: {way}")
     try:
-        assert "preset" in json.loads((out / "config.json").read_text())
+        config = json.loads((out / "config.json").read_text())
+        assert "preset" in config
     except (OSError, ValueError, AssertionError) as error:
-        raise InputError(f"--out {out} holds something else than a run: nothing is touched") from error
+        raise InputError(f"--out {cfg.out} holds something else than a run: nothing is touched") from error
+    if cfg.resume:
+        given = [name for name, value in what_matters(cfg).items() if value is not None]
+        # what is not given may stand there resolved: Run.load sees to that
+        refuse_changes(cfg, {name: config[name] for name in given if name in config})
+
+
+def refuse_changes(cfg, settings):
+    """A run goes on with the settings it has, or not at all."""
+    now = what_matters(cfg)
+    for name, then in settings.items():
+        if now.get(name) != then:
+            raise InputError(f"--resume goes on with --{name} {then}, not {now.get(name)}: give the same")
+
+
+def read_prompts(cfg):
+    """The closing report's prompts. InputError where there are none."""
+    if not Path(cfg.prompts).is_file():
+        raise InputError(f"--prompts {cfg.prompts} does not exist")
+    prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts {cfg.prompts} holds no prompt")
+    return prompts
+
+
+def try_judge(cfg):
+    """A judge that is not there or does not work should say so before the training, not after it."""
+    import eval as evaluation
+
+    blank, prompts = Image.new("RGB", (cfg.resolution,) * 2), read_prompts(cfg)
+    try:
+        if cfg.judge:
+            evaluation.load_scorer(cfg.judge, device="cpu")([blank], prompts[:1])
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--judge {cfg.judge} raises {type(error).__name__}: {first_line(error)}") from error
 
 
 def claim(cfg, place, usable=None):
@@ -797,10 +921,13 @@ def claim(cfg, place, usable=None):
         raise InputError(f"--data {cfg.data}: its {len(usable)} rows are all ties or have a broken image")
     barrier()
     if place.main:
-        if cfg.overwrite and not cfg.resume and Path(cfg.out).exists():
-            shutil.rmtree(cfg.out)
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write_config(cfg)
+        out = Path(cfg.out)
+        if cfg.overwrite and not cfg.resume and out.exists():
+            for old in sorted(out.iterdir(), key=lambda f: f.name == "config.json"):  # that last: it is the
+                shutil.rmtree(old) if old.is_dir() else old.unlink()  # proof that the folder is a run
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "config.json").exists():
+            write_config(cfg)  # with it the folder is a run; a resume writes it when it is known to fit
         if usable is not None:
             print(f"{int(usable.sum()):,} of {len(usable):,} rows can be used")
     barrier()
@@ -817,19 +944,25 @@ def what_matters(cfg):
 
 def write_config(cfg):
     text = json.dumps(dataclasses.asdict(cfg) | {"versions": versions()}, indent=1)
-    (Path(cfg.out) / "config.json").write_text(text + "\n")
+    file = Path(cfg.out) / "config.json"
+    file.with_name("config.json.new").write_text(text + "\n")
+    file.with_name("config.json.new").replace(file)
+
+
+def leave_signals_to_the_run(worker):
+    """Ctrl-C reaches the loader's workers too, but the step that is running still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_optimizer(cfg, weights, world):
     """The optimizer; on several GPUs each keeps the state of its share of the weights (ZeRO, stage 1)."""
     if cfg.optimizer == "adamw":
         kind, more = torch.optim.AdamW, {"fused": True}
-    elif cfg.optimizer == "adafactor":  # as Diffusion-DPO's code trains SDXL: the lr is the lr
+    else:  # as Diffusion-DPO's code trains SDXL: the lr is the lr
         from transformers.optimization import Adafactor as kind
 
         more = {"scale_parameter": False, "relative_step": False}
-    else:
-        raise InputError(f"--optimizer {cfg.optimizer} is not one of adamw, adafactor")
     more |= {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     if world == 1:
         return kind(weights, **more)
@@ -847,21 +980,25 @@ class Run:
         run.update()                       # whose number may then differ between the GPUs
     run.finish()
 
-    ema: decay of an fp32 average of the weights, kept on the CPU; it is then what unet/ holds. keep: {name:
+    With --ema an fp32 average of the weights is kept on the CPU; it is then what unet/ holds. keep: {name:
     what has state_dict and load_state_dict}, this rank's own things that a checkpoint must hold too.
     """
 
-    def __init__(self, cfg, place, models, samples, ema=0.0, keep=None):
+    def __init__(self, cfg, place, models, samples, keep=None):
         self.cfg, self.place, self.models, self.samples, self.out = cfg, place, models, samples, Path(cfg.out)
-        self.ema, self.keep = ema, keep or {}
+        self.keep = keep or {}
         self.accumulate = cfg.batch // (cfg.micro_batch * place.world)
         self.weights = [p for p in models.unet.parameters() if p.requires_grad]
-        self.average = [p.detach().cpu().clone() for p in self.weights] if ema and place.main else []
+        self.average = [p.detach().cpu().clone() for p in self.weights] if cfg.ema and place.main else []
         self.optimizer = make_optimizer(cfg, self.weights, place.world)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=cfg.precision == "fp16")
         self.step = self.bad = self.signal = 0
         if cfg.resume:
-            self.load()
+            try:
+                self.load()
+            except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+                kind, where = type(error).__name__, f"{self.out / 'checkpoint'} cannot be read"
+                raise InputError(f"{where} ({kind}: {first_line(error)}): --overwrite starts over") from error
         if cfg.checkpointing:
             models.unet.enable_gradient_checkpointing()
         self.unet = self.bare = torch.compile(models.unet) if cfg.compile else models.unet
@@ -881,7 +1018,7 @@ class Run:
                   for m in range(place.rank, cfg.batch // size, place.world))  # fmt: skip
         loader = iter(torch.utils.data.DataLoader(
             self.samples, batch_sampler=[range(k, k + size) for k in starts], num_workers=cfg.workers,
-            pin_memory=place.device.type == "cuda",
+            pin_memory=place.device.type == "cuda", worker_init_fn=leave_signals_to_the_run,
         ))  # fmt: skip
         self.bar = tqdm(total=cfg.steps, initial=self.step, desc=self.out.name, disable=not place.main)
         before = {s: signal.signal(s, self.interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -925,7 +1062,7 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        decay = min(self.ema, (1 + self.step) / (10 + self.step))  # a short memory while there is little
+        decay = min(cfg.ema, (1 + self.step) / (10 + self.step))  # a short memory while there is little
         if self.average:
             torch._foreach_lerp_(self.average, [p.detach().cpu() for p in self.weights], 1 - decay)
 
@@ -940,7 +1077,7 @@ class Run:
             raise InputError(f"the loss is {values['loss']} at step {self.step}; the last checkpoint is kept")
         seconds, peak = time.perf_counter() - self.started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         line = {
-            "step": self.step, **values, "lr": lr, **({"ema_decay": decay} if self.ema else {}),
+            "step": self.step, **values, "lr": lr, **({"ema_decay": decay} if cfg.ema else {}),
             "rows_per_s": cfg.batch / seconds, "waiting": self.waited / seconds,
             "memory_gb": (torch.cuda.max_memory_allocated() / 1024 if cuda else peak) / 2**20,
         }  # fmt: skip
@@ -962,7 +1099,11 @@ class Run:
         shutil.rmtree(new, ignore_errors=True)
         if self.average:
             torch._foreach_copy_([p.data for p in self.weights], self.average)
-        self.models.unet.save_pretrained(new)
+        try:
+            self.models.unet.save_pretrained(new)
+        except Exception as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise InputError(f"{folder} cannot be written: {first_line(error)}; --resume goes on") from error
         torch._foreach_copy_([p.data for p in self.weights], trained)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)
@@ -1006,10 +1147,8 @@ class Run:
         found = [int(f.name) for f in (self.out / "checkpoint").glob("*") if f.name.isdigit()]
         if found:
             folder, moments = self.out / "checkpoint" / str(max(found)), {}
-            state, now = json.loads((folder / "state.json").read_text()), what_matters(self.cfg)
-            for name, then in state["settings"].items():
-                if now[name] != then:
-                    raise InputError(f"--resume goes on with --{name} {then}, not {now[name]}: give the same")
+            state = json.loads((folder / "state.json").read_text())
+            refuse_changes(self.cfg, state["settings"])
             self.step, self.bad = state["step"], state["bad"]
             self.scaler.load_state_dict(state["scaler"])
             self.models.unet.load_state_dict(load_file(folder / "unet.safetensors"))
@@ -1026,7 +1165,9 @@ class Run:
         log = self.out / "log.jsonl"
         if self.place.main and log.exists():  # its steps after the checkpoint will be done again
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step))
+            new = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step)
+            log.with_name("log.jsonl.new").write_text(new)
+            log.with_name("log.jsonl.new").replace(log)
         barrier()
 
     def finish(self):
@@ -1041,7 +1182,7 @@ class Run:
         if cfg.eval_prompts:
             import eval as evaluation
 
-            prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+            prompts = read_prompts(cfg)
             each = math.ceil(cfg.eval_prompts / len(prompts))  # images of each prompt
             evaluation.report(
                 cfg.model, {"start": cfg.unet, "trained": self.out / "unet"},

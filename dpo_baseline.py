@@ -41,7 +41,7 @@ def dpo_loss(err, ref_err, beta):
 
 @dataclass
 class Config(common.TrainConfig):
-    beta: float = flag(5000.0, "KL strength: larger stays closer to the reference; too small ruins the model")
+    beta: float = flag(5000.0, "KL strength: larger stays closer to the reference; too small ruins it", ">0")
     sft: bool = flag(
         False, "plain denoising loss on the winners, or on a set of caption + image rows: no preference"
     )

@@ -135,12 +135,11 @@ def top_experts(scores, k):
 
 @dataclass
 class Config(common.TrainConfig):
-    margin: float = flag(0.001, "how far below a policy sample's log-ratio an expert's should fall")
-    rollout_steps: int = flag(20, "DPM-Solver++ steps of a whole trajectory; about half are taken on average")
-    refresh_every: int = flag(1, "updates between two copies of the trained UNet to the policy; 1: it is it")
-    buffer: int = flag(0, "policy samples to keep and draw from, over all GPUs; 0 uses each once, when made")
-    experts: int = flag(500, "best images of a pair set to learn from; a set of images is taken whole")
-    ema: float = flag(0.0, "decay of the averaged weights, which are then what is written; 0: no average")
+    margin: float = flag(0.001, "how far below a policy sample's log-ratio an expert's should fall", ">0")
+    rollout_steps: int = flag(20, "DPM-Solver++ steps of a whole trajectory; half are taken on average", ">0")
+    refresh_every: int = flag(1, "updates between copies of the trained UNet to the policy; 1: is it", ">0")
+    buffer: int = flag(0, "policy samples to keep and draw from, over all GPUs; 0 uses each once", ">=0")
+    experts: int = flag(500, "best images of a pair set to learn from; a set of images is taken whole", ">0")
     reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
     reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
     scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
@@ -205,6 +204,8 @@ def main(argv=None):
     M, S, T = cfg.refresh_every, cfg.rollout_steps, len(models.alpha_bar)
     if T % S:
         raise common.InputError(f"--rollout_steps {S} does not divide the model's {T} timesteps")
+    if 0 < cfg.buffer < cfg.batch:
+        raise common.InputError(f"--buffer {cfg.buffer} holds less than a step's --batch {cfg.batch}")
 
     # The experts: a set of images as it is, or the best of a set of pairs.
     if common.layout(cfg.data, common.PAIR, common.SINGLE) == common.PAIR:
@@ -225,7 +226,7 @@ def main(argv=None):
     places = range(place.rank, cfg.batch // cfg.micro_batch, place.world)
     buffers = {i: ReplayBuffer(cfg.buffer * cfg.micro_batch // cfg.batch) for i in places if cfg.buffer}
     keep = {f"buffer-{i}": buffer for i, buffer in buffers.items()}
-    run = common.Run(cfg, place, models, samples, cfg.ema, keep | ({"policy": policy} if M > 1 else {}))
+    run = common.Run(cfg, place, models, samples, keep | ({"policy": policy} if M > 1 else {}))
     for micro_batches in run.steps():
         if M > 1 and run.step % M == 0:
             common.copy_weights(models.unet, policy)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from pickle import PickleError
 
 import numpy as np
 import torch
@@ -309,7 +308,7 @@ def load_scorer(name, path=None, device=None, dtype=None):
         files = scorer_files(name, path)
         try:
             compute = SCORERS[name][0](files, device, dtype)
-        except (OSError, ValueError, LookupError, RuntimeError, EOFError, PickleError, InputError) as error:
+        except Exception as error:  # pickle, safetensors and the hub raise their own
             where = ", ".join(f"{k} {v}" for k, v in files.items())
             raise InputError(f"scorer {name} cannot be loaded ({where}): {first_line(error)}") from error
     else:
@@ -359,7 +358,7 @@ def load_pipeline(model, scheduler, dtype, variant=None, revision=None, vae=None
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **SAFE, **more)
         if vae:
             pipe.vae = diffusers.AutoencoderKL.from_pretrained(vae, **SAFE)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"--model {model} cannot be loaded: {first_line(error)}") from error
     pipe.watermark = None  # SDXL: else the pixels would depend on a package being installed
     kind, settings = SCHEDULERS[scheduler]
@@ -375,7 +374,7 @@ def load_unet(path, own):
     inside = "unet" if (Path(path) / "unet").is_dir() or not Path(path).exists() else None
     try:
         unet = UNet2DConditionModel.from_pretrained(path, subfolder=inside, **SAFE)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"--unet {path} cannot be loaded: {first_line(error)}") from error
     for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
         if (its := unet.config[key]) != (ours := own.config[key]):

@@ -26,6 +26,7 @@ What changes against dpo_baseline.py:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +60,12 @@ def smpo_loss(err, ref_err, p, beta, gamma):
 
 @dataclass
 class Config(common.TrainConfig):
-    beta: float = flag(2000.0, "KL strength: larger stays closer to the reference; too small ruins the model")
-    gamma: float = flag(10.0, "sharpness of the smoothed preference: its weight runs from -gamma to gamma")
-    inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws the noise: smoothing alone")
-    renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion")
-    landing: str = flag("grid", "where the inversion ends: t (on the drawn t) or grid (first level >= t)")
-    min_t: int = flag(0, "smallest t; near 0 the found noise is a difference divided by nearly nothing")
+    beta: float = flag(2000.0, "KL strength: larger stays closer to the reference; too small ruins it", ">0")
+    gamma: float = flag(10.0, "sharpness of the smoothed preference: weights run from -gamma to gamma", ">0")
+    inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws noise: smoothing alone", ">=0")
+    renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion", ">=0")
+    landing: Literal["t", "grid"] = flag("grid", "where inversion ends: drawn t, or first grid level >= t")
+    min_t: int = flag(0, "smallest t; near 0 found noise is a difference divided by nearly nothing", ">=0")
     reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
     reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
     scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
@@ -96,7 +97,9 @@ def main(argv=None):
     place = common.setup()
     common.check(cfg, place)
     models = common.Models(cfg, place.device)
-    ref = common.reference_unet(models, cfg)
+    ref, T = common.reference_unet(models, cfg), len(models.alpha_bar)
+    if cfg.min_t >= T:
+        raise common.InputError(f"--min_t {cfg.min_t} is not below the model's {T} timesteps")
 
     # Rows to train on: not tied, every image decodes. Who won is not used: the reward says by how much.
     source = common.open_source(cfg, models, place, common.PAIR)
@@ -120,7 +123,7 @@ def main(argv=None):
     usable &= s0.isfinite() & s1.isfinite()
     samples = common.Samples(source, usable, cfg, models, score_0=s0, score_1=s1)
 
-    run, T = common.Run(cfg, place, models, samples), len(models.alpha_bar)
+    run = common.Run(cfg, place, models, samples)
     for micro_batches in run.steps():
         for batch in micro_batches:
             x0, cond = models.encode(batch)  # (2B, 4, h, w): images 0, then images 1

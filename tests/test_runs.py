@@ -3,16 +3,23 @@ resume and a second process change nothing, and that bad input costs one line.""
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from child import Child
 from conftest import ROOT, TINY
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import common
 import dpo_baseline
+import dro
 import smpo
 
 SHORT = [
@@ -29,7 +36,7 @@ SHORT = [
     "--save_every",
     "2",
 ]
-METHODS = {"dpo": dpo_baseline, "smpo": smpo}
+METHODS = {"dpo": dpo_baseline, "smpo": smpo, "dro": dro}
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def same(a, b, atol=0.0):
     return all(torch.allclose(a[k], b[k], atol=atol, rtol=0) for k in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dpo", "smpo"])
 def test_a_run_and_its_resume(method, short, log_of):
     whole = short(method, "whole")
     log = log_of(whole)
@@ -160,85 +167,242 @@ def test_an_undecodable_image_drops_its_pair(short, make_set, rows, tmp_path, lo
     assert "passed over" in capsys.readouterr().out
 
 
-def test_two_processes_train_like_one(short, make_set, rows, tmp_path, log_of):
-    """torchrun with 2 processes on gloo: the same losses and weights as one process, to rounding."""
-    one = short("smpo", "one", "--steps", "2")
-    two = tmp_path / "two"
-    flags = [
-        *SHORT,
-        "--steps",
-        "2",
-        "--data",
-        str(tmp_path / "set.parquet"),
-        "--out",
-        str(two),
-        "--cache",
-        str(tmp_path / "c2"),
-    ]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "smpo.py"),
-    ]
-    result = subprocess.run(
-        [*launch, *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    for a, b in zip(log_of(one), log_of(two)):
+TWO = {  # where the ranks' numbers of UNet calls differ: smpo's levels, dro's rollouts
+    "smpo": ["--inversion_steps", "2"], "dpo": [],
+    "dro": ["--refresh_every", "2", "--buffer", "16", "--experts", "12", "--rollout_steps", "5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", TWO)
+def test_two_processes_train_like_one(method, short, tmp_path, log_of):
+    """2 processes on gloo: the same losses and weights as one process, to rounding."""
+    one, two = short(method, "one", *TWO[method]), tmp_path / "two"
+    flags = [*SHORT, *TWO[method], "--data", tmp_path / "set.parquet", "--out", two, "--cache", tmp_path]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [where | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    name = METHODS[method].__name__
+    children = [Child(name, flags, tmp_path / f"rank-{rank['RANK']}.txt", **rank) for rank in ranks]
+    for child in children:
+        assert child.wait() == 0, child.output[-3000:]
+    for a, b in zip(log_of(one), log_of(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["unet_calls"] == b["unet_calls"]
     assert same(weights(one), weights(two), atol=1e-4)
-    assert same(load_file(one / "scores.safetensors"), load_file(two / "scores.safetensors"), atol=1e-4)
+    if method != "dpo":
+        assert same(load_file(one / "scores.safetensors"), load_file(two / "scores.safetensors"), atol=1e-4)
 
 
-def bad(rows, name):
-    rows = [dict(r) for r in rows]
-    if name == "no image column":
-        return [{k: v for k, v in r.items() if k != "jpg_1"} for r in rows]
-    if name == "all tied":
-        return [dict(r, label_0=0.5) for r in rows]
-    if name == "no image decodes":
-        return [dict(r, jpg_0=b"nothing") for r in rows]
-    if name == "caption is a list":
-        return [dict(r, caption=[r["caption"]]) for r in rows]
-    return rows
+def bad(rows, case):
+    """The rows, spoiled as the case says."""
+
+    def last(**values):  # the last row is another
+        return [dict(r, label_0=1.0) for r in rows[:-1]] + [rows[-1] | values]
+
+    spoiled = {
+        "no rows": lambda: [],
+        "no image column": lambda: [{k: v for k, v in r.items() if k != "jpg_1"} for r in rows],
+        "all tied": lambda: [dict(r, label_0=0.5) for r in rows],
+        "no label": lambda: [dict(r, has_label=False) for r in rows],
+        "no image decodes": lambda: [dict(r, jpg_0=b"nothing") for r in rows],
+        "captions are numbers": lambda: [dict(r, caption=i) for i, r in enumerate(rows)],
+        "a caption is missing": lambda: last(caption=None),
+        "a label is 0.3": lambda: last(label_0=0.3),
+        "a label is missing": lambda: last(label_0=None),
+    }
+    return spoiled.get(case, lambda: rows)()
+
+
+def spoil(case, data, out, folder, rows):
+    """What a case needs besides rows; returns further flags."""
+    model, unet = folder / "model", folder / "model" / "unet"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    if case in ("no rows", "cut in the middle", "cut at once"):
+        from datasets import Dataset, Features, Value
+
+        columns = {"caption": Value("string"), "label_0": Value("float64")}
+        columns |= {name: Value("binary") for name in common.PAIR}
+        table = Dataset.from_dict({k: [r[k] for r in rows] if case != "no rows" else [] for k in columns},
+                                  features=Features(columns))  # fmt: skip
+        table.to_parquet(data, batch_size=2)  # four row groups: the first can be read
+        content = bytearray(Path(data).read_bytes())
+        if case == "cut in the middle":
+            middle = slice(len(content) * 6 // 10, len(content) * 9 // 10)
+            content[middle] = bytes(len(content[middle]))
+        Path(data).write_bytes(content[:200] if case == "cut at once" else content)
+    elif case == "a shard is cut":
+        (folder / "shards").mkdir()
+        content = Path(data).read_bytes()
+        (folder / "shards" / "a.parquet").write_bytes(content)
+        half = len(content) // 2  # the last bytes say what is where: it can be opened, but not read
+        (folder / "shards" / "b.parquet").write_bytes(content[:4] + bytes(half) + content[half + 4 :])
+        return ["--data", str(folder / "shards")]
+    elif case.startswith("model:"):
+        shutil.copytree(TINY / "model", model)
+        if case == "model: no unet":
+            shutil.rmtree(unet)
+        if case == "model: no text encoder":
+            shutil.rmtree(model / "text_encoder")
+        if case == "model: weights are cut":
+            weights.write_bytes(weights.read_bytes()[:9999])
+        if case == "model: a weight is nan":
+            tensors = load_file(weights)
+            tensors["conv_in.bias"][0] = float("nan")
+            save_file(tensors, weights)
+        return ["--model", str(model)]
+    elif case.startswith("unet:"):
+        from diffusers import UNet2DConditionModel
+
+        config = UNet2DConditionModel.load_config(TINY / "model", subfolder="unet")
+        xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+              "projection_class_embeddings_input_dim": 112}  # fmt: skip
+        other = {"unet: of SDXL": xl, "unet: for inpainting": {"in_channels": 9},
+                 "unet: of another encoder": {"cross_attention_dim": 32}}[case]  # fmt: skip
+        UNet2DConditionModel.from_config(config | other).save_pretrained(folder / "unet")
+        return ["--unet", str(folder / "unet")]
+    elif case.startswith("out"):
+        if case == "out is a file":
+            out.write_text("kept")
+        elif case == "out is under a file":
+            (folder / "file").write_text("kept")
+            return ["--out", str(folder / "file" / "run")]
+        else:
+            out.mkdir()
+            (out / "precious").write_text("kept")
+    elif case.startswith("judge"):
+        (folder / "judge.py").write_text(
+            "def boom(images, prompts): return 1 / 0\ndef nan(images, prompts): return [float('nan')]\n"
+        )
+        (folder / "broken.py").write_text("import nothing_of_that_name\n")
+        file = "broken.py" if case == "judge cannot be imported" else "judge.py"
+        return ["--judge", f"{folder / file}:{case.split()[-1]}"]
+    elif case == "prompts are empty":
+        (folder / "empty.txt").write_text("\n\n")
+        return ["--prompts", str(folder / "empty.txt")]
+    elif case.startswith("scores:"):
+        value = {"scores: not finite": float("nan"), "scores: all equal": 1.0}.get(case)
+        from datasets import Dataset
+
+        others = [dict(r, caption="another") for r in rows] if case == "scores: of another set" else rows
+        Dataset.from_list(others).to_parquet(folder / "scored.parquet")
+        made, number = folder / "made.safetensors", iter(range(100))
+
+        def score(images, prompts):
+            return torch.tensor([value or next(number) for _ in images]).float()
+
+        with suppress(common.InputError):  # not finite: the file is made all the same
+            common.score_pairs(str(folder / "scored.parquet"), score, made, "made up", "")
+        return ["--scores", str(folder / "made.safetensors")]
+    return []
+
+
+REPORT = ["--eval_prompts", "4"]
 
 
 @pytest.mark.parametrize("case, flags, words", [
     ("no data", ["--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
+    ("no hub", ["--data", "no-one-at-all/no-such-set"], "no-one-at-all/no-such-set cannot be read"),
+    ("a folder of nothing", ["--data", str(TINY / "prompts")], "neither parquet files nor a metadata.jsonl"),
+    ("no parquet", ["--data", str(TINY / "facts.json")], "facts.json cannot be read"),
+    ("cut at once", [], "cannot be read"),
+    ("cut in the middle", [], "cannot be read"),
+    ("a shard is cut", [], "cannot be read after row 7"),
+    ("a shard is cut", ["--cache", ""], "cannot be read"),
+    ("no rows", [], "has no rows"),
     ("no model", ["--model", "nowhere/at/all"], "no diffusers pipeline"),
-    ("model without a pipeline", ["--model", str(TINY / "reward")], "no diffusers pipeline"),
+    ("not a pipeline", ["--model", str(TINY / "reward")], "no diffusers pipeline"),
+    ("model: no unet", [], "no unet in"),
+    ("model: no text encoder", [], "no text_encoder in"),
+    ("model: weights are cut", [], "no unet in"),
+    ("model: a weight is nan", [], "weights that are not finite"),
     ("no unet", ["--unet", "nowhere"], "nowhere"),
+    ("unet: of SDXL", [], "its addition_embed_type is text_time, not None"),
+    ("unet: for inpainting", [], "its in_channels is 9, not 4"),
+    ("unet: of another encoder", [], "its cross_attention_dim is 32, not 64"),
     ("no image column", [], "no column jpg_1"),
     ("all tied", [], "its 8 rows are all ties"),
+    ("no label", [], "its 8 rows are all ties"),
     ("no image decodes", [], "its 8 rows are all ties"),
-    ("caption is a list", [], "captions must be text"),
+    ("captions are numbers", [], "caption of row 0 (from 0) is no text: 0"),
+    ("a caption is missing", [], "caption of row 7 (from 0) is no text: None"),
+    ("a label is 0.3", [], "label_0 of row 7 (from 0) is 0.3"),
+    ("a label is missing", ["--cache", ""], "label_0 of row 7 (from 0) is None"),
     ("does not divide by", ["--batch", "6", "--micro_batch", "4"], "does not divide"),
-    ("no steps", ["--steps", "0"], "--steps must be above 0"),
+    *[(name, [f"--{name}", value], f"--{name} must be {wanted}") for name, value, wanted in (
+        ("steps", "0", ">0"), ("batch", "-8", ">0"), ("lr", "nan", ">0"), ("clip", "-1", ">=0"),
+        ("warmup", "-1", ">=0"), ("caption_dropout", "1.5", "0..1"), ("workers", "-1", ">=0"),
+        ("resolution", "60", "a multiple of 8"), ("save_every", "0", ">0"), ("keep_every", "-2", ">=0"),
+        ("beta", "0", ">0"), ("gamma", "0", ">0"), ("renoise", "-1", ">=0"), ("inversion_steps", "-1", ">=0"),
+        ("min_t", "-1", ">=0"), ("eval_prompts", "-1", ">=0"), ("weight_decay", "inf", ">=0"))],
+    *[(f"dro: {name}", [f"--{name}", value], f"--{name} {words}") for name, value, words in (
+        ("margin", "0", "must be >0"), ("refresh_every", "0", "must be >0"), ("experts", "0", "must be >0"),
+        ("ema", "1", "must be 0..<1"), ("ema", "-0.1", "must be 0..<1"), ("buffer", "-1", "must be >=0"),
+        ("buffer", "2", "2 holds less than"), ("rollout_steps", "30", "30 does not divide"),
+        ("rollout_steps", "0", "must be >0"))],
+    ("min_t", ["--min_t", "1000"], "--min_t 1000 is not below the model's 1000 timesteps"),
+    ("landing", ["--landing", "nonsense"], "argument --landing: invalid choice: 'nonsense'"),
     ("precision", ["--precision", "fp8"], "fp8"),
     ("preset", ["--preset", "sd3"], "sd3 is not one of"),
-    ("prompts", ["--eval_prompts", "4", "--prompts", "nowhere.txt"], "nowhere.txt"),
+    ("prompts", [*REPORT, "--prompts", "nowhere.txt"], "nowhere.txt"),
+    ("prompts are empty", REPORT, "holds no prompt"),
+    ("judge missing", [*REPORT, "--judge", "nowhere.py:f"], "no file nowhere.py"),
+    ("judge has no function", REPORT, "has no function function"),
+    ("judge goes boom", REPORT, "raises ZeroDivisionError"),
+    ("judge cannot be imported", REPORT, "raises ModuleNotFoundError"),
+    ("judge says nan", REPORT, "0 finite values"),
     ("reward", ["--reward", str(TINY / "model")], "cannot be loaded"),
     ("scores", ["--scores", str(TINY / "world.py")], "no scores file"),
+    ("scores: of another set", [], "was made from other rows"),
+    ("scores: not finite", [], "not one score is finite"),
+    ("scores: all equal", [], "rewards run from 1 to 1: nothing tells the images apart"),
+    ("range", ["--reward_min", "3", "--reward_max", "2"], "rewards run from 3 to 2"),
     ("out exists", [], "--resume goes on"),
     ("out is not a run", ["--overwrite"], "something else than a run"),
+    ("out is a file", ["--overwrite"], "no folder that can be written to"),
+    ("out is under a file", [], "no folder that can be written to"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_touches_nothing(case, flags, words, make_set, rows, tmp_path, capsys):
-    data, out = make_set(bad(rows[:8], case)), tmp_path / "out"
-    if case.startswith("out"):
-        out.mkdir()
-        (out / "precious").write_text("kept")
+def test_bad_input_is_one_line_and_touches_nothing(
+    case, flags, words, make_set, rows, tmp_path, capsys, monkeypatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nobody is asked
+    rows = rows[:8]
+    data, out = make_set(bad(rows, case) or rows), tmp_path / "out"
+    method = dro if case.startswith("dro:") else smpo
+    more = spoil(case, data, out, tmp_path, rows)
+    files = [*SHORT, "--data", data, "--out", str(out), "--cache", str(tmp_path / "c"), "--judge", "", *more]
     with pytest.raises(SystemExit) as stop:
-        common.launch(
-            lambda: smpo.main(
-                [*SHORT, "--data", data, "--out", str(out), "--cache", str(tmp_path / "c"), *flags]
-            )
-        )
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert stop.value.code == 2 and error.startswith("error: ") and words in error
-    assert (out / "precious").read_text() == "kept" if case.startswith("out") else not out.exists()
+        common.launch(lambda: method.main([*files, *flags]))
+    said = capsys.readouterr().err.strip()
+    error = said.split("\n")[-1]
+    assert stop.value.code == 2 and "error: " in error and words in error and "Traceback" not in said
+    if case.startswith("out"):
+        assert [f.read_text() for f in tmp_path.glob("*/precious")] + [f.read_text() for f in (
+            out, tmp_path / "file") if f.is_file()] == ["kept"]  # fmt: skip
+    elif case in ("scores: all equal", "range"):  # known when all is scored: what that cost is kept
+        assert not (out / "unet").exists() and not (out / "log.jsonl").exists()
+    else:
+        assert not out.exists()
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(short, make_set, rows, tmp_path, capsys, log_of):
+    """A latent that overflowed in half precision would look like this: nan, in one row of 24."""
+    out = short("dpo", "first", "--steps", "1", "--save_every", "1")
+    usable = [i for i, row in enumerate(rows[:24]) if row["label_0"] != 0.5]
+    order = torch.randperm(len(usable), generator=common.generator(0, "order", 0))
+    row = usable[order[8 * 2 + 5]]  # met in step 2
+    file = next((tmp_path / "cache").glob("*/latents/*.safetensors"))
+    with safe_open(file, "pt") as part:
+        tensors, about = {k: part.get_tensor(k) for k in part.keys()}, part.metadata()  # noqa: SIM118
+    tensors["jpg_0.latent"][row] = float("nan")
+    save_file(tensors, file, about)
+    with pytest.raises(common.InputError, match="the loss is nan at step 2; the last checkpoint is kept"):
+        short("dpo", "first", "--resume", "--save_every", "1", "--steps", "3")
+    assert [f.name for f in (out / "checkpoint").iterdir()] == ["2"]
+    assert [line["step"] for line in log_of(out)] == [0, 1]
+    kept = load_file(out / "checkpoint" / "2" / "unet.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
 
 
 def test_exit_code_and_no_traceback_from_the_shell():
