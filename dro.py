@@ -18,7 +18,6 @@ What changes against dpo_baseline.py:
     2. rollout: the losers are the policy's own, sampled online by DPM-Solver++(2M) up to the timestep t
     3. ReplayBuffer and --refresh_every: how old those samples may be
     4. before training, the K best images of a pair set are chosen, unless --data is a set of images
-    5. an average of the weights (--ema) is what is written
 
 With M = 1 and no buffer **the policy's term has no gradient**: the trained UNet is the policy, so its error
 against its own prediction is 0, at a minimum. What remains is fine-tuning on the experts, each switched off
@@ -150,7 +149,7 @@ class Config(common.TrainConfig):
 # nominal: in 1,600 updates the warm-up (1 + n) / (10 + n) never lets it beyond 0.995.
 PRESETS = {
     "tiny": common.tiny("dro") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 1e-4, "warmup": 10, "margin": 0.001,
+        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 1e-4, "warmup": 10, "margin": 0.01,
         "caption_dropout": 0.1, "experts": 128, "reward": str(common.TINY / "reward"),
     },
     "sd15": {

@@ -75,8 +75,8 @@ class Config(common.TrainConfig):
 
 PRESETS = {
     "tiny": common.tiny("smpo") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 1000.0,
-        "min_t": 100, "caption_dropout": 0.1,
+        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 5000.0,
+        "landing": "t", "inversion_steps": 7, "min_t": 300, "caption_dropout": 0.1,
         "reward": str(common.TINY / "reward"),
     },
     "sd15": {
@@ -146,12 +146,12 @@ def main(argv=None):
 
             err = denoising_error(models.predict(run.unet, xt, t, cond), target)
             losses, margin = smpo_loss(err, ref_err, p, cfg.beta, cfg.gamma)
-            for_0, pairs = p > 0.5, len(p)
-            better = torch.where(for_0, err[:pairs], err[pairs:])
+            for_0, (err_0, err_1) = p > 0.5, err.chunk(2)
+            margin = torch.where(for_0, margin, -margin)  # in favour of the image the reward prefers
             run.backward(losses.mean(), {
-                "accuracy": (for_0 == (margin > 0)).float().mean(),
-                "margin": torch.where(for_0, margin, -margin).mean(),
-                "err_winner": better.mean(), "err_loser": (err[:pairs] + err[pairs:] - better).mean(),
+                "accuracy": (margin > 0).float().mean(), "margin": margin.mean(),
+                "err_winner": torch.where(for_0, err_0, err_1).mean(),
+                "err_loser": torch.where(for_0, err_1, err_0).mean(),
             })  # fmt: skip
         run.update()
     run.finish()

@@ -1,0 +1,78 @@
+"""The README's commands, flags, files and line links exist."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+import dpo_baseline
+import dro
+import eval as evaluation
+import smpo
+
+TEXT = (ROOT / "README.md").read_text()
+CONFIGS = {"smpo.py": smpo, "dro.py": dro, "dpo_baseline.py": dpo_baseline, "eval.py": evaluation}
+
+
+def flags_of(script):
+    if script in CONFIGS:
+        return set(CONFIGS[script].Config.__dataclass_fields__)
+    return set(re.findall(r'"--(\w+)"', (ROOT / script).read_text()))
+
+
+def commands():
+    """(script, flag names) of every command in the README: from its .py on, up to the line's end."""
+    for line in re.findall(r"^(?:.*\s|`)?([\w/]+\.py)((?: .*)?)$", TEXT.replace("`", "\n"), flags=re.M):
+        yield line[0], re.findall(r"--(\w+)", line[1].split("#")[0])
+
+
+def test_commands_and_flags_exist():
+    found = list(commands())
+    assert len(found) > 20
+    for script, flags in found:
+        assert (ROOT / script).exists(), script
+        known = flags_of(script)
+        if script == "tests/bench.py":
+            known |= flags_of("dro.py")
+        assert set(flags) <= known, f"{script}: {set(flags) - known}"
+
+
+def test_every_flag_named_in_passing_exists():
+    scripts = [*CONFIGS, "tests/bench.py", "tests/test_faults.py"]
+    everything = set.union(*(flags_of(script) for script in scripts))
+    launcher = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "help"}
+    assert set(re.findall(r"(?<![-\w])--(\w+)", TEXT)) <= everything | launcher
+
+
+LINKS = sorted(set(re.findall(r"\[([^\]]*)\]\(([^)#:]+(?:#[^)]*)?)\)", TEXT)))
+
+
+@pytest.mark.parametrize("label, target", LINKS)
+def test_links(label, target):
+    """A file is there; a line link points at the definition that the label, or the loss's row, speaks of; a
+    link that carries a test's name points at the file which has it."""
+    path, _, anchor = target.partition("#")
+    assert (ROOT / path).exists(), target
+    names = {}
+    if path.endswith(".py"):
+        tree = ast.parse((ROOT / path).read_text())
+        names = {n.name: n.lineno for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    if anchor:
+        loss = {"Diffusion-DPO": "dpo_loss", "SmPO": "smpo_loss", "DRO": "dro_loss"}
+        assert names[loss.get(label, label.strip("`"))] == int(anchor.removeprefix("L"))
+    elif label.startswith("`test_") and not label.endswith(".py`"):
+        assert label.strip("`") in names, f"{label} is not in {path}"
+
+
+def test_headings_that_are_linked_exist():
+    headings = re.findall(r"^#+ (.*)$", TEXT, re.M)
+    headings = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}
+    for target in re.findall(r"\]\(#([\w-]+)\)", TEXT):
+        assert target in headings
+
+
+def test_the_two_commands_stand_on_the_first_screen():
+    first = "\n".join(TEXT.splitlines()[:20])
+    assert "pip install -r requirements.txt && torchrun smpo.py" in first
+    assert "pip install -r requirements.txt && python -m pytest -q" in first
