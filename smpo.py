@@ -73,6 +73,8 @@ class Config(common.TrainConfig):
     reward_max: float | None = flag(None, "largest; released code: 11.5435, 28.2016 in PickScore's unit")
 
 
+# sd15, sdxl: Diffusion-DPO's batch, steps, lr, warm-up, caption dropout and beta, which the release builds
+# on; gamma 10, five inversion steps, grid landing: SmPO's release. Precision, micro-batch, workers are ours.
 PRESETS = {
     "tiny": common.tiny("smpo") | {
         "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 5000.0,
@@ -86,6 +88,7 @@ PRESETS = {
     },
     "sdxl": {
         "steps": 2000, "batch": 2048, "micro_batch": 2, "lr": 2.048e-5, "warmup": 500, "beta": 5000.0,
+        "optimizer": "adafactor",
         "caption_dropout": 0.2, "flip": True, "resolution": 1024, "precision": "bf16", "checkpointing": True,
         "workers": 8, "out": "runs/smpo-sdxl", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     },
