@@ -49,7 +49,7 @@ class Config(common.TrainConfig):
 
 
 # sd15, sdxl: Diffusion-DPO's 2,000 steps of 2,048 pairs, a quarter of them warm-up, caption dropout 0.2,
-# AdamW, Adafactor for SDXL; beta is its launcher's (its text: 2000 for SD1.5). Its lr is (2000 / beta) 2.048e-8
+# AdamW, Adafactor for SDXL; beta is its launcher's (its text: 2000 for SD1.5); lr is (2000 / beta) 2.048e-8
 # in the text, 1e-8 x 2048 = 2.048e-5 in the code: used here. Precision, micro-batch and workers are ours.
 PRESETS = {
     "tiny": common.tiny("dpo") | {
