@@ -705,9 +705,10 @@ class CachedRows:
 
     def read(self, files, row):
         file = files[row // PART]
-        if file not in self.maps:
-            self.maps[file] = safe_open(file, "pt")
-        return {k: self.maps[file].get_slice(k)[row % PART] for k in self.maps[file].keys() if k != "label"}
+        if file not in self.maps:  # tensors over memory maps: nothing is read before it is asked for
+            with safe_open(file, "pt") as part:
+                self.maps[file] = {k: part.get_tensor(k) for k in part.keys() if k != "label"}
+        return {k: tensor[row % PART] for k, tensor in self.maps[file].items()}
 
     def get(self, row, caption, flip):
         cells = self.read(self.files, row)

@@ -43,7 +43,7 @@ COUNTED = {
 }  # fmt: skip
 
 
-def formula(method, rows_t, T, n=5, S=20):
+def formula(method, rows_t, T, n, S):
     """UNet sample-forwards a row that METHODS' equations ask for, backward not counted; rows_t: drawn t."""
     if method == "sft":
         return 1
@@ -231,11 +231,12 @@ def case(method, variant, shape, steps, folder, more):
     t, T = torch.stack(drawn), 1000
     config = json.loads((folder / "out" / "config.json").read_text())
     t = config.get("min_t", 0) + t * (T - config.get("min_t", 0)) // T
+    expected = formula(method, t, T, config.get("inversion_steps"), config.get("rollout_steps"))
     skip = 2  # compilation, caches
     step, bare = (torch.tensor(v[skip:]) for v in (bench.step, bench.bare))
     ratio = (step / bare).median().item()
     result = {
-        "method": method, "variant": variant, "calls": counted, "formula": formula(method, t, T),
+        "method": method, "variant": variant, "calls": counted, "formula": expected,
         "ratio": ratio,
         "low": (step / bare).quantile(0.25).item(), "high": (step / bare).quantile(0.75).item(),
         "rows_per_s": config["batch"] / step.median().item(), "step": step.median().item(),
