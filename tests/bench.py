@@ -38,8 +38,8 @@ VARIANTS = {
 }  # fmt: skip
 
 COUNTED = {
-    "sd15": [(1, "adamw", False), (4, "adamw", False), (8, "adamw", True), (16, "adamw", True)],
-    "sdxl": [(1, "adamw", True), (2, "adamw", True), (2, "adafactor", True), (8, "adafactor", True)],
+    "sd15": [(8, "adamw", True), (2, "adamw", False)],
+    "sdxl": [(2, "adafactor", True), (2, "adamw", True)],
 }  # fmt: skip
 
 
