@@ -173,6 +173,15 @@ class TrainConfig:
     cfg: float = flag(7.5, "guidance scale of the report", ">=0")
 
 
+@dataclass
+class RewardConfig(TrainConfig):
+    """With the flags of the methods that ask a reward model about a set of pairs: see `open_scores`."""
+
+    reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
+    reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
+    scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
+
+
 def tiny(name):
     """The tiny world's paths and settings, the first part of every method's tiny preset."""
     return {
@@ -585,6 +594,12 @@ def write(path, tensors, metadata=None):
     os.replace(f"{path}.new", path)
 
 
+def write_text(path, text):
+    """The same for a text."""
+    Path(f"{path}.new").write_text(text)
+    os.replace(f"{path}.new", path)
+
+
 def read(files, *names):
     """What go_through kept -> ({name: tensor over all raw rows}, captions, hash of all rows)."""
     columns, captions, hashes = {name: [] for name in names}, [], ""
@@ -846,6 +861,18 @@ def load_scores(path, source=None):
     return scores
 
 
+def open_scores(cfg, models, place, source=None):
+    """Where the pairs of cfg.data have their scores from: --scores, or --reward, which scores each pair once
+    into the output folder. What can be wrong is refused here, before that folder is taken; the scoring waits
+    in the function that is returned, which gives what load_scores gives."""
+    if cfg.scores:
+        scores = load_scores(cfg.scores, source)
+        return lambda: scores
+    score = load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
+    kept, unit = Path(cfg.out) / "scores.safetensors", "exp(logit_scale) * cosine"
+    return lambda: score_pairs(cfg.data, score, kept, cfg.reward, unit, place=place)
+
+
 # -------------------------------------------------------------------------------------------------- training
 def check(cfg, place):
     """Refuse what can be refused before anything is loaded or written."""
@@ -945,9 +972,7 @@ def what_matters(cfg):
 
 def write_config(cfg):
     text = json.dumps(dataclasses.asdict(cfg) | {"versions": versions()}, indent=1)
-    file = Path(cfg.out) / "config.json"
-    file.with_name("config.json.new").write_text(text + "\n")
-    file.with_name("config.json.new").replace(file)
+    write_text(Path(cfg.out) / "config.json", text + "\n")
 
 
 def leave_signals_to_the_run(worker):
@@ -1096,16 +1121,18 @@ class Run:
             raise Stopped(f"stopped after step {self.step} of {cfg.steps}, all saved: --resume goes on")
 
     def save_unet(self, folder):
-        new, trained = folder.with_name(folder.name + ".new"), [p.detach().clone() for p in self.weights]
+        new, trained = folder.with_name(folder.name + ".new"), None
         shutil.rmtree(new, ignore_errors=True)
         if self.average:
+            trained = [p.detach().clone() for p in self.weights]
             torch._foreach_copy_([p.data for p in self.weights], self.average)
         try:
             self.models.unet.save_pretrained(new)
         except Exception as error:
             shutil.rmtree(new, ignore_errors=True)
             raise InputError(f"{folder} cannot be written: {first_line(error)}; --resume goes on") from error
-        torch._foreach_copy_([p.data for p in self.weights], trained)
+        if trained:
+            torch._foreach_copy_([p.data for p in self.weights], trained)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)
 
@@ -1128,7 +1155,8 @@ class Run:
                 weights = {k: v.contiguous() for k, v in self.models.unet.state_dict().items()}
                 write(new / "optimizer.safetensors", moments)
                 write(new / "unet.safetensors", weights)
-                write(new / "average.safetensors", {str(i): p for i, p in enumerate(self.average)})
+                if self.average:
+                    write(new / "average.safetensors", {str(i): p for i, p in enumerate(self.average)})
                 state = {"step": self.step, "bad": self.bad, "scaler": self.scaler.state_dict()}
                 (new / "state.json").write_text(json.dumps(state | {"settings": what_matters(self.cfg)}))
             barrier()
@@ -1166,9 +1194,7 @@ class Run:
         log = self.out / "log.jsonl"
         if self.place.main and log.exists():  # its steps after the checkpoint will be done again
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            new = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step)
-            log.with_name("log.jsonl.new").write_text(new)
-            log.with_name("log.jsonl.new").replace(log)
+            write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step))
         barrier()
 
     def finish(self):

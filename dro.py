@@ -106,9 +106,10 @@ class ReplayBuffer:
 
     def sample(self, n, generator):
         """A dict of (n, ...) tensors; no item comes twice while there are n."""
-        many = len(self) >= n
-        order = torch.randperm(len(self), generator=generator)[:n]
-        order = order if many else torch.randint(len(self), (n,), generator=generator)
+        if len(self) >= n:
+            order = torch.randperm(len(self), generator=generator)[:n]
+        else:
+            order = torch.randint(len(self), (n,), generator=generator)
         return {k: v[order.to(v.device)] for k, v in self.items.items()}
 
     def state_dict(self):
@@ -133,15 +134,12 @@ def top_experts(scores, k):
 
 
 @dataclass
-class Config(common.TrainConfig):
+class Config(common.RewardConfig):
     margin: float = flag(0.001, "how far below a policy sample's log-ratio an expert's should fall", ">0")
     rollout_steps: int = flag(20, "DPM-Solver++ steps of a whole trajectory; half are taken on average", ">0")
     refresh_every: int = flag(1, "updates between copies of the trained UNet to the policy; 1: is it", ">0")
     buffer: int = flag(0, "policy samples to keep and draw from, over all GPUs; 0 uses each once", ">=0")
     experts: int = flag(500, "best images of a pair set to learn from; a set of images is taken whole", ">0")
-    reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
-    reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
-    scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
 
 
 # sd15: the paper's 1,600 updates of 256, constant lr, margin 0.001, caption dropout 0.2, EMA, 500 experts;
@@ -166,16 +164,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def choose_experts(cfg, place, score, file):
+def choose_experts(cfg, place, scores, file):
     """The best images of a pair set -> a parquet file (caption, image, score) that training reads, and
     dpo_baseline.py --sft --data too."""
     from datasets import Dataset
 
-    if cfg.scores:
-        scores = common.load_scores(cfg.scores)
-    else:
-        kept, unit = file.with_name("scores.safetensors"), "exp(logit_scale) * cosine"
-        scores = common.score_pairs(cfg.data, score, kept, cfg.reward, unit, place=place)
     best = {(row, side): value for row, side, value in top_experts(scores, cfg.experts)}
     if not best:
         raise common.InputError(f"--data {cfg.data}: no image of it has a score")
@@ -209,11 +202,11 @@ def main(argv=None):
 
     # The experts: a set of images as it is, or the best of a set of pairs.
     if common.layout(cfg.data, common.PAIR, common.SINGLE) == common.PAIR:
-        score = cfg.scores or common.load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
+        find_scores = common.open_scores(cfg, models, place)
         common.claim(cfg, place)
         experts = Path(cfg.out) / "experts.parquet"
         if not common.agree(experts.exists()):
-            choose_experts(cfg, place, score, experts)
+            choose_experts(cfg, place, find_scores(), experts)
         source = common.open_source(replace(cfg, data=str(experts)), models, place, common.SINGLE)
     else:
         source = common.open_source(cfg, models, place, common.SINGLE)

@@ -25,7 +25,6 @@ What changes against dpo_baseline.py:
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -59,16 +58,13 @@ def smpo_loss(err, ref_err, p, beta, gamma):
 
 
 @dataclass
-class Config(common.TrainConfig):
+class Config(common.RewardConfig):
     beta: float = flag(2000.0, "KL strength: larger stays closer to the reference; too small ruins it", ">0")
     gamma: float = flag(10.0, "sharpness of the smoothed preference: weights run from -gamma to gamma", ">0")
     inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws noise: smoothing alone", ">=0")
     renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion", ">=0")
     landing: Literal["t", "grid"] = flag("grid", "where inversion ends: drawn t, or first grid level >= t")
     min_t: int = flag(0, "smallest t; near 0 found noise is a difference divided by nearly nothing", ">=0")
-    reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
-    reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
-    scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
     reward_min: float | None = flag(None, "smallest reward, for the normalisation; default: the data's own")
     reward_max: float | None = flag(None, "largest; released code: 11.5435, 28.2016 in PickScore's unit")
 
@@ -107,16 +103,11 @@ def main(argv=None):
     # Rows to train on: not tied, every image decodes. Who won is not used: the reward says by how much.
     source = common.open_source(cfg, models, place, common.PAIR)
     usable = (source.labels != 0.5) & source.good
-    if cfg.scores:
-        scores = common.load_scores(cfg.scores, source)
-    else:
-        score = common.load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
+    find_scores = common.open_scores(cfg, models, place, source)
     common.claim(cfg, place, usable)
 
     # Every pair is scored once, ties too: the normalisers are the whole set's smallest and largest score.
-    if not cfg.scores:
-        kept, unit = Path(cfg.out) / "scores.safetensors", "exp(logit_scale) * cosine"
-        scores = common.score_pairs(cfg.data, score, kept, cfg.reward, unit, place=place)
+    scores = find_scores()
     s0, s1 = scores["score_0"], scores["score_1"]
     both = torch.cat([s0, s1])
     lo = cfg.reward_min = both[both.isfinite()].min().item() if cfg.reward_min is None else cfg.reward_min
