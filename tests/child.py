@@ -66,7 +66,8 @@ class Child:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
     def send_when(self, reached, number=signal.SIGKILL, group=False, timeout=120):
-        """Send a signal once reached() holds, and surely while it holds. Returns the exit code."""
+        """Send a signal once reached() holds, and surely while it holds. Returns the exit code; 0 where the
+        process ended before it was caught at that moment."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and time.monotonic() < end:
             if reached():

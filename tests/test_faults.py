@@ -38,9 +38,9 @@ class Case:
         self.flags += [*METHODS[method], *more]
         self.log = folder / "log.txt"
 
-    def start(self, *more, **options):
-        # 16 rows a part, so that there are several
-        return Child(self.method, [*self.flags, *more], self.log, **{"part": 16, **options})
+    def start(self, *more, part=16, **options):  # 16 of the 64 rows a part, so that there are several
+        self.parts = 64 // part
+        return Child(self.method, [*self.flags, *more], self.log, part=part, **options)
 
     def count(self, pattern, folder=None):
         return len(list((folder or self.out).glob(pattern)))
@@ -53,7 +53,7 @@ class Case:
         return 0 < self.count("*/latents/*.safetensors", self.cache) < (2 if self.method == "dro" else 4)
 
     def scoring(self):
-        return 0 < self.count("scores.safetensors.*.parts/*.safetensors") < 4
+        return 0 < self.count("scores.safetensors.*.parts/*.safetensors") < self.parts
 
     def first_steps(self):
         return self.lines() == 1
@@ -177,7 +177,7 @@ def test_a_stop_by_signal_saves_and_says_how_to_go_on(number, group, untouched, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_labelling_keeps_the_parts(number, data, tmp_path):
     case = Case("smpo", tmp_path, data)
-    child = case.start()
+    child = case.start(part=2)  # many parts: a moment that a busy machine does not miss
     assert child.send_when(case.scoring, number) == 130 and "Traceback" not in child.output
     assert child.error == "interrupted: what was finished is kept, --resume goes on"
     assert case.scoring()
