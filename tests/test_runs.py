@@ -22,20 +22,8 @@ import dpo_baseline
 import dro
 import smpo
 
-SHORT = [
-    "--steps",
-    "4",
-    "--batch",
-    "8",
-    "--micro_batch",
-    "4",
-    "--warmup",
-    "2",
-    "--eval_prompts",
-    "0",
-    "--save_every",
-    "2",
-]
+SHORT = ["--steps", "4", "--batch", "8", "--micro_batch", "4", "--warmup", "2", "--eval_prompts", "0",
+         "--save_every", "2"]  # fmt: skip
 METHODS = {"dpo": dpo_baseline, "smpo": smpo, "dro": dro}
 
 
@@ -111,11 +99,11 @@ def test_a_run_and_its_resume(method, short, log_of):
 def test_micro_batches_do_not_change_the_result(short, log_of):
     """The released code is only right for micro-batch 1. Per-sample t, levels and weights: here the size is
     free."""
-    runs = [short("smpo", f"m{m}", "--micro_batch", m, "--steps", "2") for m in ("1", "8")]
+    flags = ["--steps", "2", "--beta", "300"]  # beta multiplies the rounding of other batch sizes' kernels
+    runs = [short("smpo", f"m{m}", "--micro_batch", m, *flags) for m in ("1", "8")]
     for a, b in zip(*map(log_of, runs)):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=1e-3
-        )
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert same(*map(weights, runs), atol=1e-4)
 
 
