@@ -74,7 +74,7 @@ class Config(common.RewardConfig):
 PRESETS = {
     "tiny": common.tiny("smpo") | {
         "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 5000.0,
-        "landing": "t", "inversion_steps": 7, "min_t": 300, "caption_dropout": 0.1,
+        "landing": "t", "inversion_steps": 7, "min_t": 300, "caption_dropout": 0.1, "ema": 0.9999,
         "reward": str(common.TINY / "reward"),
     },
     "sd15": {
