@@ -997,6 +997,15 @@ def make_optimizer(cfg, weights, world):
     return ZeroRedundancyOptimizer(weights, kind, **more)
 
 
+def tensorboard(folder, step):
+    """TensorBoard's writer where it is installed. What it shows from `step` on goes: that is done again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder / "tensorboard", purge_step=step)
+
+
 class Run:
     """One training run: what lies between the loss and the disk, the same for every method.
 
@@ -1030,6 +1039,7 @@ class Run:
         self.unet = self.bare = torch.compile(models.unet) if cfg.compile else models.unet
         if place.world > 1:
             self.unet = torch.nn.parallel.DistributedDataParallel(self.bare)
+        self.board = tensorboard(self.out, self.step) if place.main else None
         if place.main:
             write_config(cfg)
             size, epochs = sum(p.numel() for p in self.weights), cfg.steps * cfg.batch / len(samples.usable)
@@ -1054,6 +1064,8 @@ class Run:
                 yield self.micro_batches(loader)
         finally:
             self.bar.close()
+            if self.board:
+                self.board.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -1111,6 +1123,8 @@ class Run:
         if self.place.main:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
+            for name in (line.keys() - {"step"}) if self.board else ():
+                self.board.add_scalar(name, line[name], line["step"])
             self.bar.set_postfix({k: f"{line[k]:.4g}" for k in list(self.sums)[:3]}, refresh=False)
             self.bar.update()
             if cfg.keep_every and self.step % cfg.keep_every == 0:
