@@ -413,8 +413,9 @@ def generate(pipe, prompts, folder, place, title, *, images_per_prompt, seed, st
         images = pipe([prompts[i] for i, _ in batch], latents=noise, generator=draws,
                       num_inference_steps=steps, guidance_scale=cfg).images  # fmt: skip
         for (i, j), image in zip(batch, images):
-            image.save(f"{files[i][j]}.new", "PNG", compress_level=1)  # a tenth larger, three times faster
-            os.replace(f"{files[i][j]}.new", files[i][j])
+            new = f"{files[i][j]}.{os.getpid()}"  # another process may be drawing the same
+            image.save(new, "PNG", compress_level=1)  # a tenth larger, three times faster
+            os.replace(new, files[i][j])
         bar.update(len(batch))
     bar.close()
     common.barrier()
@@ -527,7 +528,9 @@ def compare(files, prompts, out, wanted, settings, batch=32, median_by=None):
         (out / "scores.md").write_text(table := markdown(result))
         draw_samples(files, prompts, out / "samples.png")
         if len(files) > 1 and scores:
-            draw_win_rates(result, out / "winrate.png")
+            lines = [(f"{k}: {b} over {a}", w[b][a])
+                     for k, w in result["win_rates"].items() for a, b in combinations(w, 2)]  # fmt: skip
+            draw_win_rates(lines, f"{len(prompts)} prompts", out / "winrate.png")
         (out / "scores.json.new").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(out / "scores.json.new", out / "scores.json")  # last: where it stands, the report is whole
         print(f"\n{table}\nwrote {out}/scores.json, scores.md, samples.png, winrate.png", flush=True)
@@ -592,9 +595,9 @@ def draw_samples(files, prompts, path, rows=5):
     sheet.save(path)
 
 
-def draw_win_rates(result, path):
-    """A line for each scorer and pair of models: win rate (dot), its 95 % interval (bar), against 50 %."""
-    rows = [(k, b, a, w[b][a]) for k, w in result["win_rates"].items() for a, b in combinations(w, 2)]
+def draw_win_rates(rows, over, path):
+    """A line for each (title, what win_rate returns): the win rate (dot), its 95 % interval (bar), against
+    50 %. over: what was bootstrapped."""
     left, right, top, step = 340, 840, 50, 34
     bottom = top + step * len(rows)
     draw = ImageDraw.Draw(picture := Image.new("RGB", (1110, bottom + 60), "white"))
@@ -602,16 +605,15 @@ def draw_win_rates(result, path):
         x = left + (right - left) * percent / 100
         draw.line((x, top - 10, x, bottom), *(("black", 2) if percent == 50 else ("#d8d8d8", 1)))
         write(draw, (x, top - 24), f"{percent} %", anchor="mm")
-    for i, (scorer, model, other, w) in enumerate(rows):
+    for i, (title, w) in enumerate(rows):
         y = top + step * (i + 0.5)
         low, dot, high = (left + (right - left) * w[k] for k in ("low", "win", "high"))
         colour = "#1a7f37" if w["low"] > 0.5 else "#c93c37" if w["high"] < 0.5 else "#6e7781"
         draw.line((low, y, high, y), colour, 5)
         draw.ellipse((dot - 7, y - 7, dot + 7, y + 7), colour)
-        write(draw, (left - 20, y), f"{scorer}: {model} over {other}", 16, left - 30, "rm")
+        write(draw, (left - 20, y), title, 16, left - 30, "rm")
         write(draw, (right + 20, y), f"{percents(w)}, ties {w['tie']:.1%}", anchor="lm")
-    over = f"over {result['settings']['prompt_count']} prompts"
-    note = f"Win rate, a tie counts half; 95 % bootstrap interval {over}. "
+    note = f"Win rate, a tie counts half; 95 % bootstrap interval over {over}. "
     write(draw, (20, bottom + 24), note + "Green: better than 50 %, red: worse, grey: not told apart.")
     picture.save(path)
 

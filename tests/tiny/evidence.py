@@ -1,0 +1,371 @@
+"""Which of the methods' claims hold where the true preference is known: every arm of the tiny world, trained,
+judged and written into the README.
+
+    python tests/tiny/evidence.py                     # everything that is missing, two jobs at a time
+    python tests/tiny/evidence.py --arms dpo smpo     # these arms alone
+    python tests/tiny/evidence.py --quick             # the core arms, one short seed; nothing is kept
+    python tests/tiny/evidence.py --tables            # README and chart from the results that are there
+
+The protocol is the same for every arm: 120 steps of 32 rows, averaged weights, and a search over four
+settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images); the one
+that wins most often against the start model under the exact judge is trained with the seeds 0, 1, ... and
+judged on the test captions (128 x 2), which nothing was chosen on. Image j of caption i starts from the same
+noise for every model of a seed. An arm's results are one file of tests/tiny/evidence/; a job that is in it is
+not done again, so this can be stopped at any time.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
+RESULTS = HERE / "evidence"
+SEARCH_SEED = 100
+SPLITS = {"search": 4, "test": 2}  # prompts/NAME.txt, and images a prompt
+JUDGES = ("gold_score", "pickscore")  # the exact one, and the learned reward
+
+
+def grid(*settings, **names):
+    """grid((1e-5, 500), ..., lr=0, beta=1): settings as flags."""
+    return [{name: row[i] for name, i in names.items()} for row in settings]
+
+
+LR = grid((1e-5,), (3e-5,), (1e-4,), (3e-4,), lr=0)
+DPO = grid((1e-5, 500), (3e-5, 500), (3e-5, 2000), (1e-4, 1000), lr=0, beta=1)
+SMPO = grid((1e-5, 5000), (2e-5, 2000), (2e-5, 5000), (2e-5, 15000), lr=0, beta=1)
+DRO = grid((3e-5, 0.01), (1e-4, 0.003), (1e-4, 0.01), (3e-4, 0.01), lr=0, margin=1)
+OLD_SAMPLES = grid((1e-5, 0.01), (3e-5, 0.003), (3e-5, 0.01), (1e-4, 0.01), lr=0, margin=1)
+
+
+@dataclass
+class Arm:
+    """title: what the table calls it; script; flags beside the setting's; seeds; library: of the released
+    loop in place of ours; of: the arm whose best setting it takes, without a search of its own."""
+
+    title: str
+    script: str
+    settings: list
+    flags: dict = field(default_factory=dict)
+    seeds: int = 5
+    library: str = ""
+    of: str = ""
+
+
+SCORED = {"scores": "{work}/scores.safetensors"}
+# p = 1 for the image that the label prefers: the label instead of the reward
+LABELS = {"scores": "{work}/labels.safetensors", "reward_min": 0, "reward_max": 1, "gamma": 1}
+HARD = grid((1e-5, 5000), (2e-5, 500), (2e-5, 2000), (2e-5, 5000), lr=0, beta=1)
+RELEASED = {**SCORED, "min_t": 0}
+EXPERTS = {"data": "{work}/experts.parquet"}
+ARMS = {
+    "sft": Arm("SFT on the winners", "dpo_baseline", LR, {"sft": 1}),
+    "sft_experts": Arm("SFT on the experts", "dpo_baseline", LR, {"sft": 1, **EXPERTS}),
+    "dpo": Arm("DPO", "dpo_baseline", DPO),
+    "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
+    "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO,
+                     {**SCORED, "inversion_steps": 0, "min_t": 0}),
+    "inversion": Arm("inversion alone (annotators' labels)", "smpo", HARD, LABELS),
+    "smpo": Arm("SmPO, landing t", "smpo", SMPO, SCORED),
+    "smpo_grid": Arm("SmPO, landing grid, n = 5", "smpo", SMPO,
+                     {**SCORED, "landing": "grid", "inversion_steps": 5}),
+    "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, RELEASED, library="0.20"),
+    "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, RELEASED, library="0.22"),
+    "dro": Arm("DRO, M = 1 (its gate alone)", "dro", DRO, EXPERTS),
+    "dro_m2": Arm("DRO, M = 2", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 2}),
+    "dro_m8": Arm("DRO, M = 8", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 8}),
+    "n3": Arm("SmPO, 3 inversion steps", "smpo", [], {**SCORED, "inversion_steps": 3}, 3, of="smpo"),
+    "n20": Arm("SmPO, 20 inversion steps", "smpo", [], {**SCORED, "inversion_steps": 20}, 3, of="smpo"),
+    "no_renoise": Arm("SmPO, plain DDIM inversion", "smpo", [], {**SCORED, "renoise": 0}, 3, of="smpo"),
+    "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**SCORED, "gamma": 3}, 3, of="smpo"),
+    "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**SCORED, "gamma": 30}, 3, of="smpo"),
+    "dpo_60": Arm("DPO, labels agree with the judge in 60 %", "dpo_baseline", [],
+                  {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
+    "dpo_90": Arm("DPO, labels agree with the judge in 90 %", "dpo_baseline", [],
+                  {"data": "{work}/labels-90.parquet"}, 3, of="dpo"),
+}  # fmt: skip
+QUICK = ("sft_experts", "dpo", "smpo", "dro")
+CLAIMS = [  # (arm, against, what the papers would expect of it)
+    ("smpo", "dpo", "SmPO above DPO"), ("smpo", "smoothing", "inversion adds to smoothing"),
+    ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
+    ("inversion", "dpo", "inversion adds to DPO"), ("dpo_reward", "dpo", "the reward's labels beat people's"),
+    ("smpo", "smpo_020", "ours above the released loop"),
+    ("dro", "sft_experts", "DRO above SFT on its experts"),
+    ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"), ("dro", "dpo", "DRO above DPO"),
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ one job
+def prepare(work):
+    """What several arms read: scores, labels as scores, experts, sets with other label noise, caches."""
+    import torch
+    import world
+    from datasets import Dataset
+
+    import common
+    import dpo_baseline
+    import dro
+
+    data = common.tiny("")["data"]
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "scores.safetensors").exists():
+        score = common.load_reward(common.TINY / "reward")
+        unit = "exp(logit_scale) * cosine"
+        common.score_pairs(data, score, work / "scores.safetensors", "tiny reward", unit)
+    scores = common.load_scores(work / "scores.safetensors")
+    if not (work / "experts.parquet").exists():
+        cfg = common.parse(dro.Config, dro.PRESETS, [])
+        dro.choose_experts(cfg, common.Place(), scores, work / "experts.parquet")
+    rows = list(common.open_rows(data, common.PAIR, streaming=True))
+    if not (work / "labels.safetensors").exists():
+        label = torch.tensor([float(row["label_0"]) for row in rows])
+        hard = scores | {"score_0": 100 * label, "score_1": 100 * (1 - label)}
+        with safe_open(work / "scores.safetensors", "pt") as file:
+            common.write(work / "labels.safetensors", hard, file.metadata() | {"scorer": "labels"})
+    for percent in (60, 90):
+        file = work / f"labels-{percent}.parquet"
+        if not file.exists():  # the judge's own verdict, wrong so often
+            captions = [row["caption"] for row in rows]
+            gold = [world.gold_score([common.decode_image(row[name]) for row in rows], captions)
+                    for name in common.PAIR]  # fmt: skip
+            wrong = np.random.default_rng(percent).random(len(rows)) >= percent / 100
+            first = (np.asarray(gold[0]) > np.asarray(gold[1])) != wrong
+            Dataset.from_list([row | {"label_0": float(f)} for row, f in zip(rows, first)]).to_parquet(file)
+    for data in (data, *sorted(work.glob("*.parquet"))):  # encoded here, before two jobs ask for it
+        flags = ["--data", str(data), "--cache", str(work / "cache")]
+        cfg = common.parse(dpo_baseline.Config, dpo_baseline.PRESETS, flags)
+        models = common.Models(cfg, torch.device("cpu"))
+        common.open_source(cfg, models, common.Place(), common.PAIR, common.SINGLE)
+
+
+def job(name, setting, seed, split, steps, work):
+    """Train an arm and judge it, in a process of its own. Returns a plain dict."""
+    import torch
+
+    torch.set_num_threads(1)
+    import released
+
+    import common
+    import eval as evaluation
+
+    arm, started = ARMS[name], time.process_time()
+    out = work / "runs" / f"{name}-{seed}-" / "-".join(f"{k}{v:g}" for k, v in setting.items())
+    if arm.library:
+
+        def invert(eps_fn, x0, t, alpha_bar, *_):
+            return released.released_invert(eps_fn, x0, t.cpu(), alpha_bar, arm.library)
+
+        common.renoise_invert = invert
+    flags = {"steps": steps, "ema": 0.9999, "cache": work / "cache", "seed": seed, "out": out,
+             "eval_prompts": 0, **arm.flags, **setting}  # fmt: skip
+    more = ["--resume"] if (out / "config.json").exists() else []
+    flags = [word.format(work=work) for k, v in flags.items() for word in (f"--{k}", str(v))]
+    importlib.import_module(arm.script).main(flags + more)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    tiny, prompts = common.tiny(""), (HERE / "prompts" / f"{split}.txt").read_text().split("\n")
+    report = evaluation.report(
+        tiny["model"], {"start": None, name: out / "unet"}, [p for p in prompts if p], out / "report",
+        images_per_prompt=SPLITS[split], seed=seed, steps=tiny["eval_steps"], cfg=tiny["cfg"],
+        cache=work / "cache", judges=[tiny["judge"]], scorers={"pickscore": {"model": str(HERE / "reward")}},
+    )  # fmt: skip
+    return {
+        "setting": setting, "seed": seed, "split": split, "commit": common.versions()["commit"],
+        "unet_calls": round(sum(line["unet_calls"] * 32 for line in log)),
+        "cpu_seconds": round(time.process_time() - started),
+        "win": {judge: report["win_rates"][judge][name]["start"]["win"] for judge in JUDGES},
+        "scores": {judge: {m: [[float(f"{v:.5g}") for v in row] for row in report["scores"][judge][m]]
+                           for m in ("start", name)} for judge in JUDGES} if split == "test" else None,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- all jobs
+def load(name):
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {"search": [], "test": []}
+
+
+def best(name):
+    """The setting that the search chose, once it is whole."""
+    arm = ARMS[name]
+    if arm.of:
+        return best(arm.of)
+    if len(arm.settings) == 1:
+        return arm.settings[0]
+    found = load(name)["search"]
+    if len(found) < len(arm.settings):
+        return None
+    return max(found, key=lambda r: r["win"]["gold_score"])["setting"]
+
+
+def count_missing(name):
+    """All jobs of an arm that are not done, also those that wait for the search."""
+    arm, todo = ARMS[name], missing(name)
+    return len(todo) + arm.seeds * (best(name) is None)
+
+
+def missing(name):
+    """The jobs of an arm that can be done now, as (setting, seed, split)."""
+    arm, done = ARMS[name], load(name)
+    tried = [r["setting"] for r in done["search"]]
+    todo = [(s, SEARCH_SEED, "search") for s in arm.settings if s not in tried and len(arm.settings) > 1]
+    if not todo and (setting := best(name)) is not None:
+        seeds = {r["seed"] for r in done["test"] if r["setting"] == setting}
+        todo = [(setting, seed, "test") for seed in range(arm.seeds) if seed not in seeds]
+    return todo
+
+
+def run(names, work, jobs, steps):
+    """Every missing job of these arms, `jobs` at a time; each is written down as it ends."""
+    prepare(work)
+    running, failed = {}, set()
+    whole = sum(len(ARMS[n].settings) * (len(ARMS[n].settings) > 1) + ARMS[n].seeds for n in names)
+    with tqdm(total=whole, desc="evidence", unit="job", smoothing=0) as bar:
+        while True:
+            bar.update(whole - bar.n - sum(count_missing(n) for n in names))
+            for key in [key for key, process in running.items() if process.poll() is not None]:
+                if running.pop(key).returncode:
+                    failed.add(key)
+                    bar.write(f"failed: {key}, see {key_file(work, key).with_suffix('.log')}")
+                else:
+                    keep(key, json.loads(key_file(work, key).read_text()))
+            todo = [json.dumps([n, *j]) for n in names for j in missing(n)]
+            todo = [key for key in todo if key not in running and key not in failed]
+            if not todo and not running:
+                return
+            for key in todo[: jobs - len(running)]:
+                with open(key_file(work, key).with_suffix(".log"), "w") as log:
+                    words = [sys.executable, __file__, "--job", key, "--work", work, "--steps", steps]
+                    one = os.environ | {"OMP_NUM_THREADS": "1"}
+                    running[key] = subprocess.Popen(map(str, words), stdout=log, stderr=log, env=one)
+            time.sleep(1)
+
+
+def keep(key, result):
+    """Into the arm's file, whole or not at all."""
+    name, _, _, split = json.loads(key)
+    found, file = load(name), RESULTS / f"{name}.json"
+    found[split] = sorted([*found[split], result], key=lambda r: r["seed"])
+    RESULTS.mkdir(exist_ok=True)
+    file.with_suffix(".new").write_text(json.dumps(found | {"title": ARMS[name].title}) + "\n")
+    file.with_suffix(".new").replace(file)
+
+
+def key_file(work, key):
+    folder = work / "jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / ("".join(c if c.isalnum() or c in ".-_" else "_" for c in key) + ".json")
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def tables_of(name, judge, against="start"):
+    """Scores of an arm and of what it is held against, (seeds, prompts, images) each, for the seeds that
+    both have."""
+    ours = {r["seed"]: r for r in load(name)["test"]}
+    theirs = ours if against == "start" else {r["seed"]: r for r in load(against)["test"]}
+    seeds = sorted(ours.keys() & theirs.keys())
+    pick = [[r[s]["scores"][judge][m] for s in seeds] for r, m in ((ours, name), (theirs, against))]
+    return [np.array(table) for table in pick], seeds
+
+
+def over_seeds(a, b, draws=2000):
+    """Win rate of a over b, (seeds, prompts, images) each: 95 % bootstrap over seeds, and prompts in each."""
+    points = ((a > b) + 0.5 * (a == b)).mean(2)
+    random, seeds, prompts = np.random.default_rng(0), *points.shape
+    drawn = [np.mean([points[s][random.integers(prompts, size=prompts)].mean()
+                      for s in random.integers(seeds, size=seeds)]) for _ in range(draws)]  # fmt: skip
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"win": points.mean(), "low": low, "high": high, "tie": (a == b).mean()}
+
+
+def tables(chart_file):
+    """All results as Markdown, and the chart."""
+    import eval as evaluation
+
+    lines, chart, commits = [], [], set()
+    lines.append(
+        "| arm | setting of 4 | seeds | exact judge | its mean | learned reward | UNet calls | CPU min |"
+    )
+    lines.append("|---" * 8 + "|")
+    for name, arm in ARMS.items():
+        results = load(name)["test"]
+        if not results:
+            lines.append(f"| {arm.title} | | not run | | | | | |")
+            continue
+        commits |= {r["commit"] for r in results}
+        row = []
+        for judge in JUDGES:
+            (ours, start), seeds = tables_of(name, judge)
+            row.append(over_seeds(ours, start))
+            if judge == "gold_score":
+                means, row_chart = (start.mean(), ours.mean()), row[0]
+        chart.append((arm.title, row_chart))
+        setting = ", ".join(f"{k} {v:g}" for k, v in results[0]["setting"].items())
+        calls, seconds = (np.mean([r[k] for r in results]) for k in ("unet_calls", "cpu_seconds"))
+        lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {evaluation.percents(row[0])} | "
+                     f"{means[0]:.3f} to {means[1]:.3f} | {evaluation.percents(row[1])} | {calls:,.0f} | "
+                     f"{seconds / 60:.1f} |")  # fmt: skip
+    lines += ["", "| claim | win rate of the first over the second, exact judge | seeds |", "|---|---|---|"]
+    for name, against, claim in CLAIMS:
+        if not load(name)["test"] or not load(against)["test"]:
+            lines.append(f"| {claim} | not run | |")
+            continue
+        (ours, theirs), seeds = tables_of(name, "gold_score", against)
+        win = over_seeds(ours, theirs)
+        told = "holds" if win["low"] > 0.5 else "the opposite" if win["high"] < 0.5 else "not told apart"
+        lines.append(f"| {claim} | {evaluation.percents(win)}: {told} | {len(seeds)} |")
+    lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
+    if chart:
+        evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
+    return "\n".join(lines) + "\n"
+
+
+def write_readme():
+    """The part between the evidence marks."""
+    file, (begin, end) = ROOT / "README.md", ("<!-- evidence -->\n", "<!-- /evidence -->")
+    (head, rest), text = file.read_text().split(begin), tables(HERE / "evidence.png")
+    file.write_text(head + begin + text + end + rest.split(end)[1])
+
+
+def main():
+    global RESULTS
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each")
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="runs, caches, images")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=120, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.work = args.work.absolute()
+    if args.job:
+        name, setting, seed, split = json.loads(args.job)
+        result = job(name, setting, seed, split, args.steps, args.work)
+        key_file(args.work, args.job).write_text(json.dumps(result))
+    elif args.quick:
+        RESULTS = args.work / "quick"
+        for name in QUICK:
+            ARMS[name].settings, ARMS[name].seeds = ARMS[name].settings[2:3], 1
+        run(QUICK, args.work, args.jobs, 40)
+        print(tables(RESULTS / "evidence.png"))
+    else:
+        if not args.tables:
+            run(args.arms, args.work, args.jobs, args.steps)
+        write_readme()
+
+
+if __name__ == "__main__":
+    main()
