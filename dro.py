@@ -148,8 +148,8 @@ class Config(common.RewardConfig):
 # Its EMA decay of 0.9999 is nominal: in 1,600 updates (1 + n) / (10 + n) never lets it beyond 0.995.
 PRESETS = {
     "tiny": common.tiny("dro") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 1e-4, "warmup": 10, "margin": 0.01,
-        "caption_dropout": 0.1, "experts": 128, "reward": str(common.TINY / "reward"),
+        "steps": 60, "batch": 32, "micro_batch": 32, "lr": 1e-4, "warmup": 10, "margin": 0.003,
+        "ema": 0.9999, "caption_dropout": 0.1, "experts": 64, "reward": str(common.TINY / "reward"),
     },
     "sd15": {
         "steps": 1600, "batch": 256, "micro_batch": 4, "lr": 1e-5, "margin": 0.001, "ema": 0.9999,
