@@ -609,9 +609,7 @@ def read(files, *names):
             hashes += part.metadata()["hash"]
             for name in names:
                 columns[name].append(part.get_tensor(name))
-    return (
-        {k: torch.cat(v) for k, v in columns.items()}, captions, sha256(hashes),
-    )
+    return {k: torch.cat(v) for k, v in columns.items()}, captions, sha256(hashes)
 
 
 def sha256(text):
@@ -1057,7 +1055,8 @@ class Run:
             pin_memory=place.device.type == "cuda", worker_init_fn=leave_signals_to_the_run,
         ))  # fmt: skip
         self.bar = tqdm(total=cfg.steps, initial=self.step, desc=self.out.name, disable=not place.main)
-        before = {s: signal.signal(s, self.interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
+        heard = (s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN)
+        before = {s: signal.signal(s, self.interrupt) for s in heard}  # a shell's "&" has Ctrl-C ignored
         try:
             while self.step < cfg.steps:
                 self.started, self.waited, self.sums, self.models.calls = time.perf_counter(), 0.0, {}, 0

@@ -24,8 +24,9 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
 
 
-def run_in_child(name, flags, log, part, limit, environment):
+def run_in_child(name, flags, log, part, limit, ignore, environment):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignore else signal.default_int_handler)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
@@ -45,12 +46,13 @@ def run_in_child(name, flags, log, part, limit, environment):
 
 
 class Child:
-    """A running command. part: common.PART, the rows of a part; limit: the largest file it may write."""
+    """A running command. part: common.PART, the rows of a part; limit: the largest file it may write; ignore:
+    start with SIGINT ignored, as after a shell's "&" without job control (and as, else, the tests might)."""
 
-    def __init__(self, name, flags, log, part=256, limit=0, **environment):
+    def __init__(self, name, flags, log, part=256, limit=0, ignore=False, **environment):
         self.log = Path(log)
         self.log.unlink(missing_ok=True)
-        words = (name, list(flags), str(log), part, limit, environment)
+        words = (name, list(flags), str(log), part, limit, ignore, environment)
         self.process = context.Process(target=run_in_child, args=words)
         self.process.start()
 

@@ -174,6 +174,12 @@ def test_a_stop_by_signal_saves_and_says_how_to_go_on(number, group, untouched, 
     assert case.start("--resume").wait() == 0 and same(case, untouched("dpo_baseline"))
 
 
+def test_a_run_in_the_background_does_not_hear_ctrl_c(untouched, data, tmp_path):
+    case = Case("dpo_baseline", tmp_path, data)
+    assert case.start(ignore=True).send_when(case.first_steps, signal.SIGINT) == 0
+    assert same(case, untouched("dpo_baseline"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_labelling_keeps_the_parts(number, data, tmp_path):
     case = Case("smpo", tmp_path, data)
