@@ -643,7 +643,8 @@ class Config:
     seed: int = flag(0, "fixes, with the prompt's and the image's number, all noise of an image")
     micro_batch: int = flag(16, "images per GPU at once; images are the same to the bit where it is the same")
     precision: str = flag("fp16", "of the pipeline: fp32, bf16 or fp16; scorers use fp16 on a GPU")
-    out: str = flag("runs/eval", "folder for the report and the images")
+    out: str = flag("runs/eval", "folder for the report")
+    cache: str | None = flag(None, "folder whose images/ keeps what is drawn; default: --out")
     resume: bool = flag(False, "write into an --out that holds a report; its images are used again")
     overwrite: bool = flag(False, "the same: images cannot be stale, only the report is replaced")
 
@@ -652,7 +653,7 @@ PRESETS = {
     "tiny": {
         "model": str(TINY / "model"), "prompts": [str(TINY / "prompts" / "test.txt")], "images_per_prompt": 2,
         "scorers": f"{TINY / 'world.py'}:gold_score,pickscore={TINY / 'reward'}", "steps": 20, "cfg": 2.0,
-        "micro_batch": 32, "precision": "fp32",
+        "micro_batch": 32, "precision": "fp32", "cache": "runs/cache",  # where training's reports draw
     },
     "sd15": {"images_per_prompt": 5, "scheduler": "ddpm", "median_by": "pickscore"},  # arXiv 2510.18353
     "sdxl": {"cfg": 5.0, "micro_batch": 4, "vae": "madebyollin/sdxl-vae-fp16-fix"},
@@ -754,7 +755,7 @@ def main(argv=None):
         raise InputError("--model is missing")
     unets = unet_names(runs_of(cfg.model) if cfg.unet is None else cfg.unet)
     same = ["images_per_prompt", "seed", "steps", "cfg", "scheduler", "precision", "variant", "revision"]
-    more = {name: getattr(cfg, name) for name in [*same, "vae", "median_by"]}
+    more = {name: getattr(cfg, name) for name in [*same, "vae", "median_by", "cache"]}
     report(cfg.model, unets, prompts, out, batch_size=cfg.micro_batch, scorers=wanted, **more)
 
 

@@ -419,6 +419,8 @@ def test_without_arguments_every_run_is_compared(other_unet, main, tmp_path, mon
     assert list(found["summary"]) == ["gold_score", "pickscore"]
     assert list(found["summary"]["pickscore"]) == ["start", "smpo"]
     assert np.array(found["scores"]["pickscore"]["smpo"]).shape == (2, 2)
+    kept = {folder.name for folder in (tmp_path / "runs" / "cache" / "images").iterdir()}
+    assert kept == set(found["settings"]["images"].values())  # where the runs' own reports draw
 
 
 def test_stable_diffusion_xl(tmp_path):
