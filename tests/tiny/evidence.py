@@ -6,7 +6,7 @@ judged and written into the README.
     python tests/tiny/evidence.py --quick             # the core arms, one short seed; nothing is kept
     python tests/tiny/evidence.py --tables            # README and chart from the results that are there
 
-The protocol is the same for every arm: 120 steps of 32 rows, averaged weights, and a search over four
+The protocol is the same for every arm: 100 steps of 32 rows, averaged weights, and a search over four
 settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images); the one
 that wins most often against the start model under the exact judge is trained with the seeds 0, 1, ... and
 judged on the test captions (128 x 2), which nothing was chosen on. Image j of caption i starts from the same
@@ -348,7 +348,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=120, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=100, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.work = args.work.absolute()
     if args.job:
