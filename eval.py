@@ -526,7 +526,7 @@ def compare(files, prompts, out, wanted, settings, batch=32, median_by=None):
     if place.main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "scores.md").write_text(table := markdown(result))
-        draw_samples(files, prompts, out / "samples.png")
+        draw_samples(files, prompts, out / "samples.png", scores=next(iter(scores.items()), None))
         if len(files) > 1 and scores:
             lines = [(f"{k}: {b} over {a}", w[b][a])
                      for k, w in result["win_rates"].items() for a, b in combinations(w, 2)]  # fmt: skip
@@ -573,16 +573,17 @@ def write(draw, xy, text, size=15, width=None, anchor="la"):
     draw.text(xy, text, "black", font, anchor)
 
 
-def draw_samples(files, prompts, path, rows=5):
-    """A column a model, the same seeds, the caption below; as many such blocks as fit side by side."""
+def draw_samples(files, prompts, path, rows=5, scores=None):
+    """A column a model, the same seeds, the caption below; as many such blocks as fit side by side. scores:
+    (scorer, {model: (P, N)}), whose value stands below each image."""
     size = Image.open(next(iter(files.values()))[0][0]).size
     scale = 256 / max(size) if max(size) > 160 else 160 // max(size)  # pixels of small images stay whole
     kind = Image.Resampling.NEAREST if max(size) <= 160 else Image.Resampling.LANCZOS
     w, h = (round(s * scale) for s in size)
-    block, line = (w + 6) * len(files) + 18, h + 34
+    block, line = (w + 6) * len(files) + 18, h + 54
     across = max(1, min(1200 // block, -(-len(prompts) // rows)))
     count = min(len(prompts), across * rows)
-    sheet = Image.new("RGB", (across * block + 6, 30 + -(-count // across) * line), "white")
+    sheet = Image.new("RGB", (across * block + 6, 50 + -(-count // across) * line), "white")
     draw = ImageDraw.Draw(sheet)
     for k in range(count):
         x, y = k % across * block + 12, k // across * line + 30
@@ -590,8 +591,12 @@ def draw_samples(files, prompts, path, rows=5):
             sheet.paste(Image.open(table[k][0]).convert("RGB").resize((w, h), kind), (x, y))
             if k < across:
                 write(draw, (x + w / 2, 15), model, 16, w, "mm")
+            if scores:
+                write(draw, (x + w / 2, y + h + 3), f"{scores[1][model][k, 0]:.3g}", 13, w, "ma")
             x += w + 6
-        write(draw, (k % across * block + 12, y + h + 4), prompts[k], 15, block - 18)
+        write(draw, (k % across * block + 12, y + h + 20), prompts[k], 15, block - 18)
+    if scores:
+        write(draw, (12, sheet.height - 24), f"Below each image: {scores[0]}, higher is better.", 14)
     sheet.save(path)
 
 

@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -390,16 +390,19 @@ def make_facts(out, training, validation, accuracy, predicted):
 
 def make_sheet(out, images, training):
     """Rows: drawings as pre-trained on, then pairs (left image, right image; a frame around the preferred
-    one)."""
-    sheet = Image.new("RGB", (16 * 68, 6 * 68), "white")
+    one; the caption below)."""
+    sheet = Image.new("RGB", (16 * 68, 2 * 68 + 4 * 84), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for k in range(32):
         sheet.paste(Image.fromarray(images[k].permute(1, 2, 0).numpy()), (k % 16 * 68 + 2, k // 16 * 68 + 2))
     for k, row in enumerate(training.shuffle(seed=0).select(range(32))):
+        y = 2 * 68 + k // 8 * 84
         for side in (0, 1):
-            x, y = (2 * k + side) % 16 * 68, (2 + 2 * k // 16) * 68
+            x = (2 * k + side) % 16 * 68
             if row[f"label_{side}"] == 1:
                 sheet.paste("red", (x, y, x + 68, y + 68))
             sheet.paste(Image.open(io.BytesIO(row[f"jpg_{side}"])), (x + 2, y + 2))
+        draw.text((2 * k % 16 * 68 + 4, y + 69), row["caption"], "black", font)
     sheet.save(out / "sheet.png")
 
 
