@@ -227,7 +227,7 @@ def main(argv=None):
             x0, cond = models.encode(batch)  # (B, 4, h, w)
 
             def eps_fn(x, t, rows):  # the policy; no guidance; the expert's own caption
-                return models.predict_eps(policy or run.bare, x, t, common.take(cond, rows))
+                return models.predict_eps(policy if M > 1 else run.bare, x, t, common.take(cond, rows))
 
             # A trajectory has S levels, T / S apart; its offset is such that it meets t, at step `stop`.
             t, apart = batch["t"], T // S
