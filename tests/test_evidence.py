@@ -46,7 +46,7 @@ def test_arms_are_compared_on_the_seeds_they_share(results, tmp_path):
     assert seeds == [1, 2] and ours.shape == (2, 8, 2)
     assert evidence.over_seeds(ours, theirs) == {"win": 1, "low": 1, "high": 1, "tie": 0}
     text = evidence.tables(tmp_path / "chart.png")
-    assert "| SmPO above DPO | 100.0% (100.0% to 100.0%): holds | 2 |" in text
+    assert "| SmPO above DPO | 100.0% (100.0% to 100.0%): holds | 1.000, 0.000 | 2 |" in text
     assert "| DRO, M = 8 | | not run |" in text and (tmp_path / "chart.png").exists()
 
 

@@ -315,15 +315,17 @@ def tables(chart_file):
         lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {evaluation.percents(row[0])} | "
                      f"{means[0]:.3f} to {means[1]:.3f} | {evaluation.percents(row[1])} | {calls:,.0f} | "
                      f"{seconds / 60:.1f} |")  # fmt: skip
-    lines += ["", "| claim | win rate of the first over the second, exact judge | seeds |", "|---|---|---|"]
+    lines += ["", "| claim | win rate of the first over the second, exact judge | mean scores | seeds |"]
+    lines.append("|---" * 4 + "|")
     for name, against, claim in CLAIMS:
         if not load(name)["test"] or not load(against)["test"]:
-            lines.append(f"| {claim} | not run | |")
+            lines.append(f"| {claim} | not run | | |")
             continue
         (ours, theirs), seeds = tables_of(name, "gold_score", against)
         win = over_seeds(ours, theirs)
         told = "holds" if win["low"] > 0.5 else "the opposite" if win["high"] < 0.5 else "not told apart"
-        lines.append(f"| {claim} | {evaluation.percents(win)}: {told} | {len(seeds)} |")
+        means = f"{ours.mean():.3f}, {theirs.mean():.3f}"
+        lines.append(f"| {claim} | {evaluation.percents(win)}: {told} | {means} | {len(seeds)} |")
     lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
