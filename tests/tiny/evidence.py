@@ -72,6 +72,7 @@ EXPERTS = {"data": "{work}/experts.parquet"}
 ARMS = {
     "sft": Arm("SFT on the winners", "dpo_baseline", LR, {"sft": 1}),
     "sft_experts": Arm("SFT on the experts", "dpo_baseline", LR, {"sft": 1, **EXPERTS}),
+    "sft_experts_lr": Arm("SFT on the experts, lr as DRO's", "dpo_baseline", LR[1:2], {"sft": 1, **EXPERTS}),
     "dpo": Arm("DPO", "dpo_baseline", DPO),
     "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
     "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO,
@@ -102,6 +103,7 @@ CLAIMS = [  # (arm, against, what the papers would expect of it)
     ("inversion", "dpo", "inversion adds to DPO"), ("dpo_reward", "dpo", "the reward's labels beat people's"),
     ("smpo", "smpo_020", "ours above the released loop"),
     ("dro", "sft_experts", "DRO above SFT on its experts"),
+    ("dro", "sft_experts_lr", "DRO above SFT on its experts at the same lr"),
     ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"), ("dro", "dpo", "DRO above DPO"),
 ]  # fmt: skip
 
@@ -311,6 +313,7 @@ def tables(chart_file):
                 means, row_chart = (start.mean(), ours.mean()), row[0]
         chart.append((arm.title, row_chart))
         setting = ", ".join(f"{k} {v:g}" for k, v in results[0]["setting"].items())
+        setting += "" if len(arm.settings) > 1 else " (given)"
         calls, seconds = (np.mean([r[k] for r in results]) for k in ("unet_calls", "cpu_seconds"))
         lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {evaluation.percents(row[0])} | "
                      f"{means[0]:.3f} to {means[1]:.3f} | {evaluation.percents(row[1])} | {calls:,.0f} | "
