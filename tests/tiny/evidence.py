@@ -332,6 +332,7 @@ def tables(chart_file):
     lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
+        lines += ["", "![win rates over the start model](tests/tiny/evidence.png)"]
     return "\n".join(lines) + "\n"
 
 
