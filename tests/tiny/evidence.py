@@ -162,7 +162,7 @@ def job(name, setting, seed, split, steps, work):
     import eval as evaluation
 
     arm, started = ARMS[name], time.process_time()
-    out = work / "runs" / f"{name}-{seed}-" / "-".join(f"{k}{v:g}" for k, v in setting.items())
+    out = work / "runs" / f"{name}-{seed}-{steps}" / "-".join(f"{k}{v:g}" for k, v in setting.items())
     if arm.library:
 
         def invert(eps_fn, x0, t, alpha_bar, *_):
