@@ -363,7 +363,7 @@ def test_two_processes_give_the_same_report(other_unet, tmp_path):
     words += ["--prompts", tmp_path / "p.json", "--prompt_column", "text", "--max_prompts", 3, "--steps", 2]
     words += ["--scorers", f"{TINY}/world.py:gold_score", "--median_by", "gold_score", "--micro_batch", 4]
     for name, processes in (("one", 0), ("two", 2)):
-        done = run(*words, "--out", tmp_path / name, processes=processes)
+        done = run(*words, "--out", tmp_path / name, "--cache", tmp_path / name, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = ((tmp_path / name / "scores.json").read_bytes() for name in ("one", "two"))
     assert one == two
