@@ -39,7 +39,7 @@ def test_commands_and_flags_exist():
 
 
 def test_every_flag_named_in_passing_exists():
-    scripts = [*CONFIGS, "tests/bench.py", "tests/test_faults.py"]
+    scripts = [*CONFIGS, "tests/bench.py", "tests/test_faults.py", "tests/tiny/evidence.py"]
     everything = set.union(*(flags_of(script) for script in scripts))
     launcher = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "help"}
     assert set(re.findall(r"(?<![-\w])--(\w+)", TEXT)) <= everything | launcher
