@@ -654,11 +654,12 @@ class Config:
     overwrite: bool = flag(False, "the same: images cannot be stale, only the report is replaced")
 
 
+WORLD = common.tiny("")
 PRESETS = {
-    "tiny": {
-        "model": str(TINY / "model"), "prompts": [str(TINY / "prompts" / "test.txt")], "images_per_prompt": 2,
-        "scorers": f"{TINY / 'world.py'}:gold_score,pickscore={TINY / 'reward'}", "steps": 20, "cfg": 2.0,
-        "micro_batch": 32, "precision": "fp32", "cache": "runs/cache",  # where training's reports draw
+    "tiny": {  # as training's reports: what they have drawn is then not drawn again
+        "model": WORLD["model"], "prompts": [WORLD["prompts"]], "images_per_prompt": 2, "micro_batch": 32,
+        "scorers": f"{WORLD['judge']},pickscore={TINY / 'reward'}", "steps": WORLD["eval_steps"],
+        "cfg": WORLD["cfg"], "precision": "fp32", "cache": WORLD["cache"],
     },
     "sd15": {"images_per_prompt": 5, "scheduler": "ddpm", "median_by": "pickscore"},  # arXiv 2510.18353
     "sdxl": {"cfg": 5.0, "micro_batch": 4, "vae": "madebyollin/sdxl-vae-fp16-fix"},

@@ -72,7 +72,8 @@ EXPERTS = {"data": "{work}/experts.parquet"}
 ARMS = {
     "sft": Arm("SFT on the winners", "dpo_baseline", LR, {"sft": 1}),
     "sft_experts": Arm("SFT on the experts", "dpo_baseline", LR, {"sft": 1, **EXPERTS}),
-    "sft_experts_lr": Arm("SFT on the experts, lr as DRO's", "dpo_baseline", LR[1:2], {"sft": 1, **EXPERTS}),
+    "sft_experts_lr": Arm("SFT on the experts, lr as DRO's", "dpo_baseline", grid((3e-5,), lr=0),
+                          {"sft": 1, **EXPERTS}),
     "dpo": Arm("DPO", "dpo_baseline", DPO),
     "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
     "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO,
@@ -332,7 +333,7 @@ def tables(chart_file):
     lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
-        lines += ["", "![win rates over the start model](tests/tiny/evidence.png)"]
+        lines += ["", f"![win rates over the start model]({os.path.relpath(chart_file, ROOT)})"]
     return "\n".join(lines) + "\n"
 
 
