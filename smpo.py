@@ -73,8 +73,8 @@ class Config(common.RewardConfig):
 # on; gamma 10, five inversion steps, grid landing: SmPO's release. Precision, micro-batch, workers are ours.
 PRESETS = {
     "tiny": common.tiny("smpo") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 5000.0,
-        "landing": "t", "inversion_steps": 7, "min_t": 300, "caption_dropout": 0.1, "ema": 0.9999,
+        "steps": 60, "batch": 64, "micro_batch": 32, "lr": 1e-5, "warmup": 10, "beta": 300.0,
+        "inversion_steps": 2, "min_t": 50, "caption_dropout": 0.1, "ema": 0.9999,
         "reward": str(common.TINY / "reward"),
     },
     "sd15": {

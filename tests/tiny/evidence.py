@@ -44,7 +44,8 @@ def grid(*settings, **names):
 
 LR = grid((1e-5,), (3e-5,), (1e-4,), (3e-4,), lr=0)
 DPO = grid((1e-5, 500), (3e-5, 500), (3e-5, 2000), (1e-4, 1000), lr=0, beta=1)
-SMPO = grid((1e-5, 5000), (2e-5, 2000), (2e-5, 5000), (2e-5, 15000), lr=0, beta=1)
+SMPO = grid((1e-5, 300), (1e-5, 1000), (2e-5, 300), (2e-5, 1000), lr=0, beta=1)
+SMPO_T = grid((1e-5, 5000), (2e-5, 2000), (2e-5, 5000), (2e-5, 15000), lr=0, beta=1)
 DRO = grid((3e-5, 0.01), (1e-4, 0.003), (1e-4, 0.01), (3e-4, 0.01), lr=0, margin=1)
 OLD_SAMPLES = grid((1e-5, 0.01), (3e-5, 0.003), (3e-5, 0.01), (1e-4, 0.01), lr=0, margin=1)
 
@@ -66,8 +67,8 @@ class Arm:
 SCORED = {"scores": "{work}/scores.safetensors"}
 # p = 1 for the image that the label prefers: the label instead of the reward
 LABELS = {"scores": "{work}/labels.safetensors", "reward_min": 0, "reward_max": 1, "gamma": 1}
-HARD = grid((1e-5, 5000), (2e-5, 500), (2e-5, 2000), (2e-5, 5000), lr=0, beta=1)
 RELEASED = {**SCORED, "min_t": 0}
+LANDING_T = {**SCORED, "landing": "t", "inversion_steps": 7, "min_t": 300}
 EXPERTS = {"data": "{work}/experts.parquet"}
 ARMS = {
     "sft": Arm("SFT on the winners", "dpo_baseline", LR, {"sft": 1}),
@@ -78,18 +79,19 @@ ARMS = {
     "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
     "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO,
                      {**SCORED, "inversion_steps": 0, "min_t": 0}),
-    "inversion": Arm("inversion alone (annotators' labels)", "smpo", HARD, LABELS),
-    "smpo": Arm("SmPO, landing t", "smpo", SMPO, SCORED),
-    "smpo_grid": Arm("SmPO, landing grid, n = 5", "smpo", SMPO,
-                     {**SCORED, "landing": "grid", "inversion_steps": 5}),
+    "inversion": Arm("inversion alone (annotators' labels)", "smpo", SMPO, LABELS),
+    "smpo": Arm("SmPO, landing grid, n = 2", "smpo", SMPO, SCORED),
+    "smpo_t": Arm("SmPO, landing t, n = 7, t >= 300", "smpo", SMPO_T, LANDING_T),
     "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, RELEASED, library="0.20"),
     "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, RELEASED, library="0.22"),
     "dro": Arm("DRO, M = 1 (its gate alone)", "dro", DRO, EXPERTS),
     "dro_m2": Arm("DRO, M = 2", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 2}),
     "dro_m8": Arm("DRO, M = 8", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 8}),
-    "n3": Arm("SmPO, 3 inversion steps", "smpo", [], {**SCORED, "inversion_steps": 3}, 3, of="smpo"),
-    "n20": Arm("SmPO, 20 inversion steps", "smpo", [], {**SCORED, "inversion_steps": 20}, 3, of="smpo"),
+    "n5": Arm("SmPO, n = 5", "smpo", [], {**SCORED, "inversion_steps": 5}, 3, of="smpo"),
+    "n20": Arm("SmPO, n = 20", "smpo", [], {**SCORED, "inversion_steps": 20}, 3, of="smpo"),
     "no_renoise": Arm("SmPO, plain DDIM inversion", "smpo", [], {**SCORED, "renoise": 0}, 3, of="smpo"),
+    "no_renoise_t": Arm("SmPO, landing t, plain DDIM inversion", "smpo", [],
+                        {**LANDING_T, "renoise": 0}, 3, of="smpo_t"),
     "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**SCORED, "gamma": 3}, 3, of="smpo"),
     "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**SCORED, "gamma": 30}, 3, of="smpo"),
     "dpo_60": Arm("DPO, labels agree with the judge in 60 %", "dpo_baseline", [],
@@ -102,6 +104,7 @@ CLAIMS = [  # (arm, against, what the papers would expect of it)
     ("smpo", "dpo", "SmPO above DPO"), ("smpo", "smoothing", "inversion adds to smoothing"),
     ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
     ("inversion", "dpo", "inversion adds to DPO"), ("dpo_reward", "dpo", "the reward's labels beat people's"),
+    ("smpo", "smpo_t", "landing grid above landing t"),
     ("smpo", "smpo_020", "ours above the released loop"),
     ("dro", "sft_experts", "DRO above SFT on its experts"),
     ("dro", "sft_experts_lr", "DRO above SFT on its experts at the same lr"),
@@ -170,7 +173,7 @@ def job(name, setting, seed, split, steps, work):
             return released.released_invert(eps_fn, x0, t.cpu(), alpha_bar, arm.library)
 
         common.renoise_invert = invert
-    flags = {"steps": steps, "ema": 0.9999, "cache": work / "cache", "seed": seed, "out": out,
+    flags = {"steps": steps, "batch": 32, "ema": 0.9999, "cache": work / "cache", "seed": seed, "out": out,
              "eval_prompts": 0, **arm.flags, **setting}  # fmt: skip
     more = ["--resume"] if (out / "config.json").exists() else []
     flags = [word.format(work=work) for k, v in flags.items() for word in (f"--{k}", str(v))]
