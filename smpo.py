@@ -71,6 +71,7 @@ class Config(common.RewardConfig):
 
 # sd15, sdxl: Diffusion-DPO's batch, steps, lr, warm-up, caption dropout and beta, which the release builds
 # on; gamma 10, five inversion steps, grid landing: SmPO's release. Precision, micro-batch, workers are ours.
+# tiny: searched; tests/tiny/searches.md has what was tried.
 PRESETS = {
     "tiny": common.tiny("smpo") | {
         "steps": 60, "batch": 64, "micro_batch": 32, "lr": 1e-5, "warmup": 10, "beta": 300.0,
