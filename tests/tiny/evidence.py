@@ -98,6 +98,10 @@ ARMS = {
                   {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
     "dpo_90": Arm("DPO, labels agree with the judge in 90 %", "dpo_baseline", [],
                   {"data": "{work}/labels-90.parquet"}, 3, of="dpo"),
+    "smpo_60": Arm("SmPO, its reward's labels agree in 60 %", "smpo", [],
+                   {"scores": "{work}/noise-60/scores.safetensors"}, 3, of="smpo"),
+    "smpo_90": Arm("SmPO, its reward's labels agree in 90 %", "smpo", [],
+                   {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="smpo"),
 }  # fmt: skip
 QUICK = ("sft_experts", "dpo", "smpo", "dro")
 CLAIMS = [  # (arm, against, what the papers would expect of it)
@@ -113,7 +117,7 @@ CLAIMS = [  # (arm, against, what the papers would expect of it)
 
 
 # ------------------------------------------------------------------------------------------------ one job
-def prepare(work):
+def prepare(work, names):
     """What several arms read: scores, labels as scores, experts, sets with other label noise, caches."""
     import torch
     import world
@@ -148,11 +152,36 @@ def prepare(work):
             wrong = np.random.default_rng(percent).random(len(rows)) >= percent / 100
             first = (np.asarray(gold[0]) > np.asarray(gold[1])) != wrong
             Dataset.from_list([row | {"label_0": float(f)} for row, f in zip(rows, first)]).to_parquet(file)
+    for percent in (60, 90):
+        if f"smpo_{percent}" in names:
+            noisy_scores(work / f"noise-{percent}", percent / 100)
     for data in (data, *sorted(work.glob("*.parquet"))):  # encoded here, before two jobs ask for it
         flags = ["--data", str(data), "--cache", str(work / "cache")]
         cfg = common.parse(dpo_baseline.Config, dpo_baseline.PRESETS, flags)
         models = common.Models(cfg, torch.device("cpu"))
         common.open_source(cfg, models, common.Place(), common.PAIR, common.SINGLE)
+
+
+def noisy_scores(folder, agreement):
+    """The pairs' scores by a reward model that was trained, as make.py does it, on labels which agree with
+    the judge so often; on the shipped images, 10 a caption. About half an hour."""
+    import make
+    import torch
+    from datasets import load_dataset
+
+    import common
+
+    if (folder / "scores.safetensors").exists():
+        return
+    pairs = {name: str(HERE / "pairs" / f"{name}.parquet") for name in ("train", "test")}
+    sets = load_dataset("parquet", data_files=pairs, cache_dir=str(folder / "hf"))
+    folder.mkdir(parents=True, exist_ok=True)
+    images, _, truths = make.drawings(folder)
+    torch.manual_seed(1)
+    right, _ = make.make_reward(folder, folder, images, truths, [sets["train"]], sets["test"], agreement)
+    print(f"reward of labels that agree with the judge in {agreement:.0%}: agrees with people in {right:.1%}")
+    score, unit = common.load_reward(folder / "reward"), "exp(logit_scale) * cosine"
+    common.score_pairs(pairs["train"], score, folder / "scores.safetensors", "noisy reward", unit)
 
 
 def job(name, setting, seed, split, steps, work):
@@ -233,7 +262,7 @@ def missing(name):
 
 def run(names, work, jobs, steps):
     """Every missing job of these arms, `jobs` at a time; each is written down as it ends."""
-    prepare(work)
+    prepare(work, names)
     running, failed = {}, set()
     whole = sum(len(ARMS[n].settings) * (len(ARMS[n].settings) > 1) + ARMS[n].seeds for n in names)
     with tqdm(total=whole, desc="evidence", unit="job", smoothing=0) as bar:

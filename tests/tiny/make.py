@@ -276,9 +276,9 @@ def pixels(processor, pils):
     return processor(pils, return_tensors="pt").pixel_values
 
 
-def make_reward(out, work, images, truths, training, validation):
-    """A small CLIP, first taught what the words mean (contrastively, on drawings), then what people
-    prefer."""
+def make_reward(out, work, images, truths, training, validation, agreement=None):
+    """A small CLIP, first taught what the words mean (contrastively, on drawings), then what people prefer;
+    with `agreement`, the judge's own verdict instead, right with this probability."""
     tokenizer = make_tokenizer()
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     vision = {
@@ -330,7 +330,10 @@ def make_reward(out, work, images, truths, training, validation):
     def label(i, j):
         if (i, j) not in given:
             rng = np.random.default_rng([i, j, 7])
-            given[i, j] = world.answer(seen[i], seen[j], people[int(rng.integers(len(people)))], rng)
+            if agreement is None:
+                given[i, j] = world.answer(seen[i], seen[j], people[int(rng.integers(len(people)))], rng)
+            else:
+                given[i, j] = float((seen[i, 0] > seen[j, 0]) == (rng.random() < agreement))
         return given[i, j]
 
     def preference_loss(generator):  # arXiv 2305.01569 Eq. 2: cross-entropy of the softmax over both scores
