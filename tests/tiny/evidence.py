@@ -109,6 +109,9 @@ CLAIMS = [  # (arm, against, what the papers would expect of it)
     ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
     ("inversion", "dpo", "inversion adds to DPO"), ("dpo_reward", "dpo", "the reward's labels beat people's"),
     ("smpo", "smpo_t", "landing grid above landing t"),
+    ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
+    ("smpo_60", "dpo_60", "SmPO above DPO, labels that agree in 60 %"),
+    ("smpo_90", "dpo_90", "SmPO above DPO, labels that agree in 90 %"),
     ("smpo", "smpo_020", "ours above the released loop"),
     ("dro", "sft_experts", "DRO above SFT on its experts"),
     ("dro", "sft_experts_lr", "DRO above SFT on its experts at the same lr"),
@@ -217,7 +220,7 @@ def job(name, setting, seed, split, steps, work):
     return {
         "setting": setting, "seed": seed, "split": split, "commit": common.versions()["commit"],
         "unet_calls": round(sum(line["unet_calls"] * 32 for line in log)),
-        "cpu_seconds": round(time.process_time() - started),
+        "cpu_seconds": None if more else round(time.process_time() - started),  # not known of a resumed job
         "win": {judge: report["win_rates"][judge][name]["start"]["win"] for judge in JUDGES},
         "scores": {judge: {m: [[float(f"{v:.5g}") for v in row] for row in report["scores"][judge][m]]
                            for m in ("start", name)} for judge in JUDGES} if split == "test" else None,
@@ -347,10 +350,10 @@ def tables(chart_file):
         chart.append((arm.title, row_chart))
         setting = ", ".join(f"{k} {v:g}" for k, v in results[0]["setting"].items())
         setting += "" if len(arm.settings) > 1 else " (given)"
-        calls, seconds = (np.mean([r[k] for r in results]) for k in ("unet_calls", "cpu_seconds"))
+        calls, seconds = ([r[k] for r in results if r[k]] for k in ("unet_calls", "cpu_seconds"))
+        cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
         lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {evaluation.percents(row[0])} | "
-                     f"{means[0]:.3f} to {means[1]:.3f} | {evaluation.percents(row[1])} | {calls:,.0f} | "
-                     f"{seconds / 60:.1f} |")  # fmt: skip
+                     f"{means[0]:.3f} to {means[1]:.3f} | {evaluation.percents(row[1])} | {cost} |")  # fmt: skip
     lines += ["", "| claim | win rate of the first over the second, exact judge | mean scores | seeds |"]
     lines.append("|---" * 4 + "|")
     for name, against, claim in CLAIMS:
