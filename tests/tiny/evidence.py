@@ -352,8 +352,11 @@ def tables(chart_file):
         setting += "" if len(arm.settings) > 1 else " (given)"
         calls, seconds = ([r[k] for r in results if r[k]] for k in ("unet_calls", "cpu_seconds"))
         cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
-        lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {evaluation.percents(row[0])} | "
-                     f"{means[0]:.3f} to {means[1]:.3f} | {evaluation.percents(row[1])} | {cost} |")  # fmt: skip
+        exact, learned = map(evaluation.percents, row)
+        mean = "{:.3f} to {:.3f}".format(*means)
+        lines.append(
+            f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |"
+        )
     lines += ["", "| claim | win rate of the first over the second, exact judge | mean scores | seeds |"]
     lines.append("|---" * 4 + "|")
     for name, against, claim in CLAIMS:
