@@ -133,9 +133,7 @@ def prepare(work, names):
     data = common.tiny("")["data"]
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "scores.safetensors").exists():
-        score = common.load_reward(common.TINY / "reward")
-        unit = "exp(logit_scale) * cosine"
-        common.score_pairs(data, score, work / "scores.safetensors", "tiny reward", unit)
+        score_shipped_pairs(common.TINY / "reward", work / "scores.safetensors", "tiny reward")
     scores = common.load_scores(work / "scores.safetensors")
     if not (work / "experts.parquet").exists():
         cfg = common.parse(dro.Config, dro.PRESETS, [])
@@ -155,7 +153,6 @@ def prepare(work, names):
             wrong = np.random.default_rng(percent).random(len(rows)) >= percent / 100
             first = (np.asarray(gold[0]) > np.asarray(gold[1])) != wrong
             Dataset.from_list([row | {"label_0": float(f)} for row, f in zip(rows, first)]).to_parquet(file)
-    for percent in (60, 90):
         if f"smpo_{percent}" in names:
             noisy_scores(work / f"noise-{percent}", percent / 100)
     for data in (data, *sorted(work.glob("*.parquet"))):  # encoded here, before two jobs ask for it
@@ -165,14 +162,20 @@ def prepare(work, names):
         common.open_source(cfg, models, common.Place(), common.PAIR, common.SINGLE)
 
 
+def score_shipped_pairs(reward, file, name):
+    """Both scores of every training pair by the reward model in a folder, as --scores reads them."""
+    import common
+
+    score = common.load_reward(reward)
+    common.score_pairs(common.tiny("")["data"], score, file, name, "exp(logit_scale) * cosine")
+
+
 def noisy_scores(folder, agreement):
     """The pairs' scores by a reward model that was trained, as make.py does it, on labels which agree with
     the judge so often; on the shipped images, 10 a caption. About half an hour."""
     import make
     import torch
     from datasets import load_dataset
-
-    import common
 
     if (folder / "scores.safetensors").exists():
         return
@@ -183,8 +186,7 @@ def noisy_scores(folder, agreement):
     torch.manual_seed(1)
     right, _ = make.make_reward(folder, folder, images, truths, [sets["train"]], sets["test"], agreement)
     print(f"reward of labels that agree with the judge in {agreement:.0%}: agrees with people in {right:.1%}")
-    score, unit = common.load_reward(folder / "reward"), "exp(logit_scale) * cosine"
-    common.score_pairs(pairs["train"], score, folder / "scores.safetensors", "noisy reward", unit)
+    score_shipped_pairs(folder / "reward", folder / "scores.safetensors", "noisy reward")
 
 
 def job(name, setting, seed, split, steps, work):
@@ -350,7 +352,8 @@ def tables(chart_file):
         chart.append((arm.title, row_chart))
         setting = ", ".join(f"{k} {v:g}" for k, v in results[0]["setting"].items())
         setting += "" if len(arm.settings) > 1 else " (given)"
-        calls, seconds = ([r[k] for r in results if r[k]] for k in ("unet_calls", "cpu_seconds"))
+        calls = [r["unet_calls"] for r in results]
+        seconds = [r["cpu_seconds"] for r in results if r["cpu_seconds"] is not None]
         cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
         exact, learned = map(evaluation.percents, row)
         mean = "{:.3f} to {:.3f}".format(*means)
