@@ -102,6 +102,10 @@ ARMS = {
                    {"scores": "{work}/noise-60/scores.safetensors"}, 3, of="smpo"),
     "smpo_90": Arm("SmPO, its reward's labels agree in 90 %", "smpo", [],
                    {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="smpo"),
+    "dpo_reward_60": Arm("DPO, labels by the reward of 60 %", "dpo_baseline", [],
+                         {"scores": "{work}/noise-60/scores.safetensors"}, 3, of="dpo_reward"),
+    "dpo_reward_90": Arm("DPO, labels by the reward of 90 %", "dpo_baseline", [],
+                         {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="dpo_reward"),
 }  # fmt: skip
 QUICK = ("sft_experts", "dpo", "smpo", "dro")
 CLAIMS = [  # (arm, against, what the papers would expect of it)
@@ -111,7 +115,9 @@ CLAIMS = [  # (arm, against, what the papers would expect of it)
     ("smpo", "smpo_t", "landing grid above landing t"),
     ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
     ("smpo_60", "dpo_60", "SmPO above DPO, labels that agree in 60 %"),
+    ("smpo_60", "dpo_reward_60", "the same, DPO with that reward's labels"),
     ("smpo_90", "dpo_90", "SmPO above DPO, labels that agree in 90 %"),
+    ("smpo_90", "dpo_reward_90", "the same, DPO with that reward's labels"),
     ("smpo", "smpo_020", "ours above the released loop"),
     ("dro", "sft_experts", "DRO above SFT on its experts"),
     ("dro", "sft_experts_lr", "DRO above SFT on its experts at the same lr"),
@@ -153,7 +159,7 @@ def prepare(work, names):
             wrong = np.random.default_rng(percent).random(len(rows)) >= percent / 100
             first = (np.asarray(gold[0]) > np.asarray(gold[1])) != wrong
             Dataset.from_list([row | {"label_0": float(f)} for row, f in zip(rows, first)]).to_parquet(file)
-        if f"smpo_{percent}" in names:
+        if not names.isdisjoint((f"smpo_{percent}", f"dpo_reward_{percent}")):
             noisy_scores(work / f"noise-{percent}", percent / 100)
     for data in (data, *sorted(work.glob("*.parquet"))):  # encoded here, before two jobs ask for it
         flags = ["--data", str(data), "--cache", str(work / "cache")]
@@ -267,7 +273,7 @@ def missing(name):
 
 def run(names, work, jobs, steps):
     """Every missing job of these arms, `jobs` at a time; each is written down as it ends."""
-    prepare(work, names)
+    prepare(work, set(names))
     running, failed = {}, set()
     whole = sum(len(ARMS[n].settings) * (len(ARMS[n].settings) > 1) + ARMS[n].seeds for n in names)
     with tqdm(total=whole, desc="evidence", unit="job", smoothing=0) as bar:
