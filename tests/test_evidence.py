@@ -27,7 +27,9 @@ def test_a_search_comes_first_and_its_winner_is_run_on_every_seed(results):
     assert evidence.missing("dpo_60") == [] and evidence.count_missing("dpo") == 4 + 5
     for setting, win in zip(settings, (0.6, 0.9, 0.7, 0.8)):
         assert evidence.best("dpo") is None
-        results("dpo", setting=setting, seed=evidence.SEARCH_SEED, split="search", win={"gold_score": win})
+        results("dpo", setting=setting, seed=evidence.SEARCH_SEED, split="search", win={"gold_score": win},
+                mean={"gold_score": -win / 10})  # fmt: skip
+    assert evidence.searches().count("**lr 3e-05, beta 500: 90.0%, -0.090**") == 1
     assert evidence.missing("dpo") == [(settings[1], seed, "test") for seed in range(5)]
     assert evidence.missing("dpo_60") == [(settings[1], seed, "test") for seed in range(3)]
     for seed in (3, 0):

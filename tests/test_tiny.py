@@ -158,7 +158,7 @@ def test_annotators_prefer_better_images_and_disagree():
     assert 0.6 < world.bayes_accuracy(*seen, people) < 0.95
 
 
-@pytest.mark.parametrize("script", ["smpo.py", "dpo_baseline.py", "common.py", "eval.py"])
+@pytest.mark.parametrize("script", ["smpo.py", "dro.py", "dpo_baseline.py", "common.py", "eval.py"])
 def test_no_script_knows_the_world(script):
     """No `if tiny`, and the judge is met by its path only."""
     source = (ROOT / script).read_text()

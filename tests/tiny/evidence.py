@@ -7,11 +7,11 @@ judged and written into the README.
     python tests/tiny/evidence.py --tables            # README and chart from the results that are there
 
 The protocol is the same for every arm: 100 steps of 32 rows, averaged weights, and a search over four
-settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images); the one
-that wins most often against the start model under the exact judge is trained with the seeds 0, 1, ... and
-judged on the test captions (128 x 2), which nothing was chosen on. Image j of caption i starts from the same
-noise for every model of a seed. An arm's results are one file of tests/tiny/evidence/; a job that is in it is
-not done again, so this can be stopped at any time.
+settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images; all of
+them stand in searches.md); the one that wins most often against the start model under the exact judge is
+trained with the seeds 0, 1, ... and judged on the test captions (128 x 2), which nothing was chosen on. Image
+j of caption i starts from the same noise for every model of a seed. An arm's results are one file of
+tests/tiny/evidence/; a job that is in it is not done again, so this can be stopped at any time.
 """
 
 import argparse
@@ -230,6 +230,7 @@ def job(name, setting, seed, split, steps, work):
         "unet_calls": round(sum(line["unet_calls"] * 32 for line in log)),
         "cpu_seconds": None if more else round(time.process_time() - started),  # not known of a resumed job
         "win": {judge: report["win_rates"][judge][name]["start"]["win"] for judge in JUDGES},
+        "mean": {judge: report["summary"][judge][name]["mean"] for judge in JUDGES},
         "scores": {judge: {m: [[float(f"{v:.5g}") for v in row] for row in report["scores"][judge][m]]
                            for m in ("start", name)} for judge in JUDGES} if split == "test" else None,
     }  # fmt: skip
@@ -384,10 +385,23 @@ def tables(chart_file):
     return "\n".join(lines) + "\n"
 
 
-def write_readme():
-    """The part between the evidence marks."""
-    file, (begin, end) = ROOT / "README.md", ("<!-- evidence -->\n", "<!-- /evidence -->")
-    (head, rest), text = file.read_text().split(begin), tables(HERE / "evidence.png")
+def searches():
+    """What each search saw, as Markdown: the setting it chose is bold."""
+    lines = ["| arm | settings: win rate over the start model, mean score, exact judge |", "|---|---|"]
+    for name, arm in ARMS.items():
+        cells = []
+        for found in load(name)["search"]:
+            setting = ", ".join(f"{k} {v:g}" for k, v in found["setting"].items())
+            cell = f"{setting}: {found['win']['gold_score']:.1%}, {found['mean']['gold_score']:.3f}"
+            cells.append(f"**{cell}**" if found["setting"] == best(name) else cell)
+        if cells:
+            lines.append(f"| {arm.title} | {'; '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_between_marks(file, text):
+    begin, end = "<!-- evidence -->\n", "<!-- /evidence -->"
+    head, rest = file.read_text().split(begin)
     file.write_text(head + begin + text + end + rest.split(end)[1])
 
 
@@ -418,7 +432,8 @@ def main():
     else:
         if not args.tables:
             run(args.arms, args.work, args.jobs, args.steps)
-        write_readme()
+        write_between_marks(ROOT / "README.md", tables(HERE / "evidence.png"))
+        write_between_marks(HERE / "searches.md", searches())
 
 
 if __name__ == "__main__":
