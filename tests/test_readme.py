@@ -3,8 +3,11 @@
 import ast
 import re
 
+import numpy as np
+import pictures
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import dpo_baseline
 import dro
@@ -76,3 +79,13 @@ def test_the_two_commands_stand_on_the_first_screen():
     first = "\n".join(TEXT.splitlines()[:20])
     assert "pip install -r requirements.txt && torchrun smpo.py" in first
     assert "pip install -r requirements.txt && python -m pytest -q" in first
+
+
+def test_the_pictures_show_what_the_text_beside_them_says(tmp_path):
+    """Denoised from drawn noise an image comes back as another one, from found noise as itself."""
+    pictures.draw_losses(tmp_path / "losses.png")
+    pictures.draw_inversion(tmp_path / "inversion.png", count=2)
+    sheet = np.asarray(Image.open(tmp_path / "inversion.png")).astype(float)[54:]
+    image, drawn, grid, landing_t = (sheet[:, 16 + 144 * k :][:, :128] for k in (0, 2, 4, 6))
+    off = [np.abs(column - image).mean() for column in (drawn, grid, landing_t)]
+    assert off[2] < 5 and 2 * off[2] < off[1] < off[0]
