@@ -49,7 +49,7 @@ class Stopped(Exception):
 # ---------------------------------------------------------------------------------------- noise and inversion
 def _at(alpha_bar, t, like):
     """alpha_bar at the timesteps t (N,), shaped (N, 1, 1, 1) to multiply `like`. alpha_bar stays in fp32: in
-    half precision it is 15 % off at t = 0."""
+    half precision 1 - alpha_bar is 15 % off at t = 0."""
     return alpha_bar.to(t.device)[t].to(like.device, torch.float32).view(-1, 1, 1, 1)
 
 

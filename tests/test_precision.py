@@ -1,6 +1,7 @@
 """Half precision must not become a preference: the margin at step 0 is exactly 0, and errors stay close to
 fp32's."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -42,6 +43,30 @@ def test_bf16_errors_are_near_fp32s():
         assert out.dtype == torch.float32 and next(models.unet.parameters()).dtype == torch.float32
         errors.append(dpo_baseline.denoising_error(out, noise))
     assert not torch.equal(*errors) and ((errors[1] - errors[0]).abs() / errors[0]).max() < 0.02
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_alpha_bar_stays_in_fp32(precision):
+    """Against the schedule in double precision: 1 - alpha_bar at t = 0 is right to 0.1 %; in fp16, which the
+    released SmPO casts to, it is 15 % off."""
+    cfg = dpo_baseline.Config(model=str(TINY / "model"), precision=precision)
+    models = common.Models(cfg, torch.device("cpu"))
+    exact = 1 - np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    off = np.abs(1 - models.alpha_bar.double().numpy() - exact) / exact
+    assert off.max() < 1e-3 < 0.1 < abs(1 - models.alpha_bar.half()[0].double() - exact[0]) / exact[0]
+    clean, noise = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
+    xt = common.add_noise(clean, noise, torch.tensor([0]), models.alpha_bar)
+    assert xt.dtype == torch.float32 and xt[0, 0, 0, 0] == pytest.approx(exact[0] ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("lr, lost", [(1e-5, 0.9), (1e-4, 0.3)])
+def test_bf16_weights_lose_small_updates(lr, lost):
+    """An Adam step moves a weight by about lr: in bf16, as the released DRO trains, a third (lr 1e-4) to nine
+    tenths (1e-5) of the weights stay where they are; in fp32 all of them move."""
+    models = common.Models(dpo_baseline.Config(model=str(TINY / "model")), torch.device("cpu"))
+    weights = torch.cat([p.detach().flatten() for p in models.unet.parameters() if p.dim() > 1])
+    assert ((weights.bfloat16() - torch.tensor(lr).bfloat16()) == weights.bfloat16()).float().mean() > lost
+    assert ((weights - lr) == weights).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])

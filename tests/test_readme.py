@@ -1,11 +1,15 @@
 """The README's commands, flags, files and line links exist."""
 
 import ast
+import math
 import re
+import sys
+import types
 
 import numpy as np
 import pictures
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -79,6 +83,44 @@ def test_the_two_commands_stand_on_the_first_screen():
     first = "\n".join(TEXT.splitlines()[:20])
     assert "pip install -r requirements.txt && torchrun smpo.py" in first
     assert "pip install -r requirements.txt && python -m pytest -q" in first
+
+
+def variant(about):
+    """The lines of the README's variant whose comment begins like this."""
+    block = re.search(r"Variants are edits.*?```python\n(.*?)```", TEXT, re.S)[1]
+    (found,) = [part for part in re.split(r"^# ", block, flags=re.M) if part.startswith(about)]
+    return found.split("\n", 1)[1]
+
+
+def edited(old, new):
+    """dpo_baseline.py with one line of it replaced, as its reader would do it."""
+    lines = (ROOT / "dpo_baseline.py").read_text().split("\n")
+    (at,) = [i for i, line in enumerate(lines) if line.strip().startswith(old)]
+    indent = re.match(" *", lines[at])[0]
+    lines[at : at + 1] = [indent + line for line in new.rstrip().split("\n")]
+    module = types.ModuleType("edited")
+    sys.modules["edited"] = module  # where its dataclass looks for its annotations
+    exec("\n".join(lines), module.__dict__)
+    return module
+
+
+def test_loss_variants_run_as_pasted():
+    """p = sigmoid(beta h): cDPO is its cross-entropy with a label of 0.9, IPO beta^2 (h - 1 / (2 beta))^2."""
+    margin, beta = torch.linspace(-0.01, 0.01, 5), 500.0
+    err, h = torch.cat([-margin, 0 * margin]), margin.double() / 2
+    cdpo = edited("losses = -F", variant("DPO with labels smoothed")).dpo_loss(err, 0 * err, beta)[0]
+    p = 1 / (1 + (-beta * h).exp())
+    assert cdpo.numpy() == pytest.approx((-0.9 * p.log() - 0.1 * (1 - p).log()).numpy(), rel=1e-5)
+    ipo = edited("losses = -F", variant("IPO")).dpo_loss(err, 0 * err, beta)[0]
+    assert ipo.numpy() == pytest.approx((beta**2 * (h - 1 / (2 * beta)) ** 2).numpy(), rel=1e-4)
+
+
+def test_the_inversion_variant_runs_as_pasted(make_set, rows, tmp_path, log_of):
+    module = edited("xt, target = ", variant("DPO with noise found by inversion"))
+    module.main(["--data", make_set(rows[:8]), "--out", str(tmp_path / "o"), "--cache", "", "--steps", "1",
+                 "--batch", "4", "--micro_batch", "4", "--eval_prompts", "0"])  # fmt: skip
+    (line,) = log_of(tmp_path / "o")
+    assert line["loss"] == pytest.approx(math.log(2)) and line["unet_calls"] > 6
 
 
 def test_the_pictures_show_what_the_text_beside_them_says(tmp_path):
