@@ -22,10 +22,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import fsspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -75,25 +77,23 @@ def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t"):
     T, t = len(alpha_bar), t.cpu()
     count = torch.clamp(torch.ceil(t * steps / T).long(), min=1)  # inversion steps of each sample
     last = t if landing == "t" else torch.clamp(count * T // steps, max=T - 1)
-    x, ab = x0.clone(), torch.ones(len(t))  # alpha_bar of each sample's present level
+    levels, at = torch.cat([alpha_bar.cpu(), torch.ones(1)]), torch.full_like(t, -1)  # -1: clean
+    x = x0.clone()
     for k in range(1, int(count.max()) + 1):
         rows = (count >= k).nonzero()[:, 0]
         level = torch.where(count[rows] == k, last[rows], k * T // steps)  # the level this step goes up to
-        ab_from, ab_to = (
-            a.view(-1, 1, 1, 1).to(x0.device) for a in (ab[rows], alpha_bar.cpu()[level].float())
-        )
+        ab_from, ab_to = _at(levels, at[rows], x0), _at(levels, level, x0)
         here, there = rows.to(x0.device), level.to(x0.device)
         xs = x[here]
         # DDIM upwards needs eps at the level it has not reached yet. ReNoise: guess it with the latent at
         # hand, step, ask again up there, and take the average. The network is always told the level the step
         # goes to.
-        eps = guess = eps_fn(xs, there, here)
+        eps = eps_fn(xs, there, here)
         for i in range(renoise):
             up = _ddim(xs, eps, ab_from, ab_to)
             guess = eps_fn(up, there, here)
             eps = eps + (guess - eps) / (i + 2)  # the running mean of all guesses
-        x[here] = _ddim(xs, eps, ab_from, ab_to)
-        ab[rows] = alpha_bar.cpu()[level].float()
+        x[here], at[rows] = _ddim(xs, eps, ab_from, ab_to), level
     ab_t = _at(alpha_bar, t, x0)
     return x, (x - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()
 
@@ -118,16 +118,15 @@ RANGES = {
 
 
 def flag(default, text, range=None):
-    """A Config field: its default, the help text that --help shows (% is doubled for argparse), and which of
-    RANGES its value has to be in: --help shows that too, and `check` refuses other values."""
+    """A Config field: its default, the text of --help (% is doubled for argparse), and which of RANGES its
+    value has to be in: --help shows that too, and `check` refuses other values."""
     more = {"metavar": range} if range else {}
     return dataclasses.field(default=default, metadata={"help": text.replace("%", "%%"), **more})
 
 
 @dataclass
 class TrainConfig:
-    """The flags all method files share. Their own follow in their Config, the papers' recipes in their
-    PRESETS."""
+    """The flags all method files share. Their own follow in their Config, the recipes in their PRESETS."""
 
     preset: str = flag("tiny", "recipe to start from: tiny, sd15 or sdxl; any other flag overrides it")
     model: str = flag("", "diffusers folder or hub id of a Stable Diffusion 1.x, 2.x or XL pipeline")
@@ -135,9 +134,7 @@ class TrainConfig:
     revision: str | None = flag(None, "hub revision to load")
     vae: str | None = flag(None, "another VAE, e.g. the fp16 fix for SDXL")
     unet: str | None = flag(None, "start AND reference UNet, if not the model's own (e.g. runs/sft/unet)")
-    data: str = flag(
-        "", "pairs: a parquet file, a folder of them, an image folder with metadata.jsonl, or a hub id"
-    )
+    data: str = flag("", "a parquet file, a folder of them, an image folder with metadata.jsonl, or a hub id")
     out: str = flag("", "folder for everything the run writes")
     steps: int = flag(0, "optimizer steps", ">0")
     batch: int = flag(0, "rows (pairs) per optimizer step, over all GPUs", ">0")
@@ -153,9 +150,7 @@ class TrainConfig:
     resolution: int = flag(512, "side of the square the images are resized and cropped to, in px", ">0")
     seed: int = flag(0, "fixes every random draw, whatever the number of GPUs")
     precision: str = flag("fp32", "autocast to fp32, bf16 or fp16; the trained weights are fp32 in any case")
-    checkpointing: bool = flag(
-        False, "gradient checkpointing: a third more compute for a fraction of the memory"
-    )
+    checkpointing: bool = flag(False, "gradient checkpointing: a third more compute for much less memory")
     compile: bool = flag(False, "torch.compile the UNets")
     channels_last: bool = flag(False, "convolutions in channels-last memory order; faster on some GPUs")
     workers: int = flag(0, "processes (cache: threads) that decode images; 0: the main process", ">=0")
@@ -164,9 +159,7 @@ class TrainConfig:
     keep_every: int = flag(0, "steps between UNets to keep, in unet-STEP/; 0 keeps the last alone", ">=0")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     overwrite: bool = flag(False, "start over in an --out that holds a run")
-    eval_prompts: int = flag(
-        0, "images per model in the closing report (start against trained); 0 for no report", ">=0"
-    )
+    eval_prompts: int = flag(0, "images a model in the closing report, start against trained; 0: none", ">=0")
     prompts: str = flag("", "text file of the report's prompts, one a line")
     judge: str | None = flag(None, "PATH.py:FUNCTION(images, prompts) -> scores; the report's exact judge")
     eval_steps: int = flag(50, "sampling steps of the report", ">0")
@@ -207,7 +200,7 @@ def parse(Config, presets, argv=None):
 
 def launch(main):
     """Run a script: quiet libraries; one line and exit code 2 for bad input and a disk that refuses; SIGTERM
-    is Ctrl-C; the process group closed at the end."""
+    as Ctrl-C; the process group closed at the end."""
     from datasets.utils import logging as datasets_log
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
@@ -245,8 +238,7 @@ class Place:
 
 
 def setup():
-    """Join the process group if torchrun started this process (nccl with GPUs, gloo without). Returns a
-    Place."""
+    """Join the process group if torchrun started this process (nccl with GPUs, gloo without): a Place."""
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -259,7 +251,9 @@ def setup():
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps one store over all restarts, and in it
             # the dead workers' addresses; on several nodes the restart counts may differ
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        # one day: ranks wait for each other where one goes through a set that is larger than memory
+        more = {"store": store, "rank": rank, "world_size": world, "timeout": timedelta(days=1)}
+        dist.init_process_group("nccl" if cuda else "gloo", **more)
     return Place(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -277,8 +271,7 @@ def agree(flag):
 
 
 def versions():
-    """Library versions and the git commit (with "+" where files differ from it), for config.json and
-    reports."""
+    """Library versions and the git commit ("+" where files differ from it), for config.json and reports."""
     import diffusers
     import transformers
 
@@ -301,10 +294,13 @@ def generator(*key):
 
 
 # ---------------------------------------------------------------------------------------------------- models
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class Models:
     """A pipeline's parts, frozen but for the UNet, and the few lines that hide which Stable Diffusion it is.
 
-    unet: fp32, trainable. alpha_bar: (T,) fp32 on the CPU. calls: UNet sample-forwards so far.
+    unet: fp32, trainable. alpha_bar: (T,) fp32 on the CPU. calls: this step's UNet sample-forwards.
     InputError if cfg.model is no Stable Diffusion 1.x, 2.x or XL pipeline, or a part of it cannot be loaded.
     """
 
@@ -312,10 +308,9 @@ class Models:
         from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        if cfg.precision not in dtypes:
-            raise InputError(f"--precision {cfg.precision} is not one of {', '.join(dtypes)}")
-        self.device, self.dtype, self.calls = device, dtypes[cfg.precision], 0
+        if cfg.precision not in DTYPES:
+            raise InputError(f"--precision {cfg.precision} is not one of {', '.join(DTYPES)}")
+        self.device, self.dtype, self.calls = device, DTYPES[cfg.precision], 0
         try:
             index = DiffusionPipeline.load_config(cfg.model, revision=cfg.revision)
         except (OSError, ValueError) as error:
@@ -364,8 +359,7 @@ class Models:
         self.alpha_bar, self.prediction = scheduler.alphas_cumprod.float(), scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise InputError(f"--model {cfg.model} predicts {self.prediction}, not epsilon or v_prediction")
-        # what the pipeline puts in place of an empty prompt when it guides: a dropped caption must look the
-        # same
+        # what the pipeline puts in place of an empty prompt when it guides: a dropped caption must look alike
         self.zero_empty = xl and index.get("force_zeros_for_empty_prompt", True)
 
     @torch.no_grad()
@@ -411,19 +405,16 @@ class Models:
         return x.float() if cached else self.encode_images(x), cond
 
     def predict(self, unet, xt, t, cond):
-        """The UNet's own output for xt (N, 4, h, w) at t (N,), fp32, under the run's autocast: see
-        `target`."""
+        """The UNet's own output for xt (N, 4, h, w) at t (N,), fp32, under the run's autocast."""
         self.calls += len(xt)
         added = {k: v for k, v in cond.items() if k != "encoder_hidden_states"} or None
-        # an autocast region a call: a longer one would reuse weights it cast under no_grad, without their
-        # gradient
+        # an autocast region a call: a longer one would reuse weights cast under no_grad, without gradient
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = unet(xt, t.to(xt.device), cond["encoder_hidden_states"], added_cond_kwargs=added)
         return out.sample.float()
 
     def predict_eps(self, unet, xt, t, cond):
-        """`predict` as noise, for inversion and rollout: eps = sqrt(ab) v + sqrt(1 - ab) xt (arXiv
-        2202.00512)."""
+        """`predict` as noise: eps = sqrt(ab) v + sqrt(1 - ab) xt (arXiv 2202.00512)."""
         out = self.predict(unet, xt, t, cond)
         if self.prediction == "epsilon":
             return out
@@ -451,7 +442,9 @@ def reference_unet(models, cfg):
     for module in ref.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             module.to(models.dtype)
-    return torch.compile(ref) if cfg.compile else ref
+    if cfg.compile:
+        ref.compile()  # in place: its weights keep their names, also in a checkpoint (DRO's policy)
+    return ref
 
 
 @torch.no_grad()
@@ -489,9 +482,7 @@ def open_rows(path, columns, streaming=False):
     try:
         rows = load_dataset(what[0], **what[1], split="train", streaming=streaming)
         for name, feature in (rows.features or {}).items():
-            if isinstance(
-                feature, ImageFeature
-            ):  # bytes: an image that does not decode then costs its row alone
+            if isinstance(feature, ImageFeature):  # bytes: one that does not decode costs its row alone
                 rows = rows.cast_column(name, ImageFeature(decode=False))
         first = next(iter(rows), None)
     except Exception as error:  # datasets raises its own errors, pyarrow's and the hub's
@@ -528,10 +519,12 @@ def tidy(row, number):
 
 
 def raw_bytes(cell):
-    """An image cell (bytes, or datasets' {"bytes", "path"}) -> the image file's bytes, b"" if there is
-    none."""
+    """An image cell (bytes, or datasets' {"bytes", "path"}) -> the image file's bytes, b"" if none."""
     if isinstance(cell, dict):
-        cell = cell["bytes"] or (Path(cell["path"]).read_bytes() if cell["path"] else b"")
+        if cell["bytes"] or not cell["path"]:
+            return cell["bytes"] or b""
+        with fsspec.open(cell["path"], "rb") as file:  # on the disk, or where the hub keeps it
+            return file.read()
     return cell or b""
 
 
@@ -552,8 +545,7 @@ def decode_image(cell):
 
 def square(image, side):
     """PIL RGB -> (pixels (3, side, side) in [-1, 1], SDXL's six numbers: original height and width, crop top
-    and left, target height and width). The shorter side is resized to `side` (bicubic), the middle is
-    kept."""
+    and left, target height and width). The shorter side becomes `side` (bicubic), the middle is kept."""
     width, height = (length * side // min(image.size) for length in image.size)  # rounded down, as CLIP's own
     left, top = (width - side) // 2, (height - side) // 2
     small = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
@@ -574,7 +566,7 @@ def go_through(rows, folder, work, title, place):
             files.append(folder / f"part-{len(files):06d}.safetensors")
             bar.update(len(part))
             if (len(files) - 1) % place.world == place.rank and not files[-1].exists():
-                result = {k: v.contiguous().cpu() for k, v in work(part).items()}
+                result = work(part)
                 result["label"] = torch.tensor([float(row.get("label_0", 1)) for row in part])
                 captions = json.dumps([row["caption"] for row in part])
                 write(files[-1], result, {"captions": captions, "hash": hash_rows(part)})
@@ -587,7 +579,7 @@ def go_through(rows, folder, work, title, place):
 def write(path, tensors, metadata=None):
     """save_file, but the name appears only when all of it is on the disk."""
     try:
-        save_file(tensors, f"{path}.new", metadata)
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, f"{path}.new", metadata)
     except Exception as error:  # a full disk, above all: safetensors raises its own error
         Path(f"{path}.new").unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {first_line(error)}") from error
@@ -667,14 +659,14 @@ class ImageRows:
 
 class CachedRows:
     """A source whose latents and caption embeddings are computed once, into a folder named after all they
-    depend on, and read back through memory maps. The set is streamed: it may be larger than memory and
-    disk."""
+    depend on, and read back through memory maps. The set is streamed: it may be larger than the disk."""
 
     def __init__(self, cfg, images, columns, models, place):
         self.images, self.maps = images, {}
         settings = ("data", "model", "variant", "revision", "vae", "resolution", "flip", "precision")
         about = {name: str(getattr(cfg, name)) for name in settings} | {"images": images}
-        for path in (cfg.data, f"{cfg.model}/vae", f"{cfg.model}/text_encoder", cfg.vae or "none"):
+        parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        for path in (cfg.data, *(f"{cfg.model}/{part}" for part in parts), cfg.vae or "none"):
             for file in [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.*")):
                 about[str(file)] = (file.stat().st_size, file.stat().st_mtime_ns)
         folder = Path(cfg.cache) / sha256(json.dumps(about))[:16]
@@ -919,9 +911,11 @@ def refuse_changes(cfg, settings):
 
 def read_prompts(cfg):
     """The closing report's prompts. InputError where there are none."""
-    if not Path(cfg.prompts).is_file():
-        raise InputError(f"--prompts {cfg.prompts} does not exist")
-    prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+    try:
+        lines = Path(cfg.prompts).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {cfg.prompts} cannot be read: {first_line(error)}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"--prompts {cfg.prompts} holds no prompt")
     return prompts
@@ -1059,7 +1053,8 @@ class Run:
         before = {s: signal.signal(s, self.interrupt) for s in heard}  # a shell's "&" has Ctrl-C ignored
         try:
             while self.step < cfg.steps:
-                self.started, self.waited, self.sums, self.models.calls = time.perf_counter(), 0.0, {}, 0
+                self.started, self.waited, self.sums = time.perf_counter(), 0.0, {}
+                self.models.calls = self.missed = 0
                 yield self.micro_batches(loader)
         finally:
             self.bar.close()
@@ -1078,7 +1073,7 @@ class Run:
             before = time.perf_counter()
             batch = next(loader)
             self.waited += time.perf_counter() - before
-            self.bad += int(batch["bad"].sum())
+            self.missed += int(batch["bad"].sum())
             if self.place.world > 1:  # gradients travel between the GPUs with the last micro-batch alone
                 self.unet.require_backward_grad_sync = i + 1 == self.accumulate
             yield batch
@@ -1104,14 +1099,18 @@ class Run:
             torch._foreach_lerp_(self.average, [p.detach().cpu() for p in self.weights], 1 - decay)
 
         calls = self.models.calls * self.place.world / cfg.batch  # per row, of all ranks
-        values = torch.stack([*self.sums.values(), norm.float(), *norm.new_tensor([calls, self.signal])])
+        more = norm.new_tensor([calls, self.signal, self.missed])
+        values = torch.stack([*self.sums.values(), norm.float(), *more])
         if self.place.world > 1:
             dist.all_reduce(values)
         values = (values / self.place.world).tolist()  # the step's one wait for the device
-        values = dict(zip([*self.sums, "grad_norm", "unet_calls", "signal"], values))
+        values = dict(zip([*self.sums, "grad_norm", "unet_calls", "signal", "missed"], values))
         stopped = values.pop("signal") > 0  # any rank's: all stop after the same step
-        if not math.isfinite(values["loss"]):
-            raise InputError(f"the loss is {values['loss']} at step {self.step}; the last checkpoint is kept")
+        self.bad += round(values.pop("missed") * self.place.world)
+        for name in ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"):  # fp16's scaler passes
+            if not math.isfinite(values[name]):  # over a step whose gradient is not finite
+                what = f"the {name} is {values[name]} at step {self.step}"
+                raise InputError(f"{what}; the last checkpoint is kept")
         seconds, peak = time.perf_counter() - self.started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         line = {
             "step": self.step, **values, "lr": lr, **({"ema_decay": decay} if cfg.ema else {}),
@@ -1157,17 +1156,17 @@ class Run:
             if self.place.main:
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir(parents=True)
+            barrier()
             if self.place.world > 1:  # the shares of the optimizer's state, brought together
                 self.optimizer.consolidate_state_dict(to=0)
             for name, kept in self.keep.items():
-                write(new / f"{name}.safetensors", {k: v.contiguous() for k, v in kept.state_dict().items()})
+                if self.place.main or not isinstance(kept, torch.nn.Module):  # a module is the same on all
+                    write(new / f"{name}.safetensors", kept.state_dict())
             if self.place.main:
                 moments = self.optimizer.state_dict()["state"]
                 moments = {f"{i}.{k}": torch.as_tensor(v) for i, m in moments.items() for k, v in m.items()}
-                moments = {k: v.contiguous() for k, v in moments.items()}
-                weights = {k: v.contiguous() for k, v in self.models.unet.state_dict().items()}
                 write(new / "optimizer.safetensors", moments)
-                write(new / "unet.safetensors", weights)
+                write(new / "unet.safetensors", self.models.unet.state_dict())
                 if self.average:
                     write(new / "average.safetensors", {str(i): p for i, p in enumerate(self.average)})
                 state = {"step": self.step, "bad": self.bad, "scaler": self.scaler.state_dict()}
@@ -1196,14 +1195,21 @@ class Run:
             self.models.unet.load_state_dict(load_file(folder / "unet.safetensors"))
             for name, value in load_file(folder / "optimizer.safetensors").items():
                 i, key = name.split(".")
+                weight = self.weights[int(i)]
+                if value.shape == weight.shape:  # in the weight's memory order, which fused AdamW expects
+                    value = torch.empty_like(weight, device="cpu").copy_(value)
                 moments.setdefault(int(i), {})[key] = value
             group = self.optimizer.param_groups[0] | {"params": list(range(len(self.weights)))}
             self.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
+            if self.place.world > 1:  # ZeRO leaves a second copy of this rank's share, and step counts on
+                self.optimizer.state.clear()  # the CPU, where fused AdamW refuses them
+                for weight, state in self.optimizer.optim.state.items():
+                    state.update({k: v.to(weight.device) for k, v in state.items()})
             if self.average:
                 average = load_file(folder / "average.safetensors")
                 self.average = [average[str(i)] for i in range(len(self.average))]
             for name, kept in self.keep.items():
-                kept.load_state_dict(load_file(folder / f"{name}.safetensors", str(self.place.device)))
+                kept.load_state_dict(load_file(folder / f"{name}.safetensors"))
         log = self.out / "log.jsonl"
         if self.place.main and log.exists():  # its steps after the checkpoint will be done again
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]

@@ -8,7 +8,7 @@ reference; for a diffusion model log-likelihoods become denoising errors at one 
     epsilon       noise     (2B, 4, h, w)  drawn; the same for winner and loser, like t and the caption
     eps_theta     err       (2B,)          denoising error of the trained UNet (mean over C, h, w, in fp32)
     eps_ref       ref_err   (2B,)          the same of the frozen start UNet
-    beta T omega  beta      float          KL strength; T and the weighting omega are absorbed, as in its code
+    beta T omega  beta      float          KL strength; T and the weighting omega are absorbed, all but a 1/2
 
     torchrun dpo_baseline.py                                              # the tiny world, CPU, minutes
     torchrun dpo_baseline.py --preset sd15 --model M --data D             # one GPU
@@ -42,9 +42,7 @@ def dpo_loss(err, ref_err, beta):
 @dataclass
 class Config(common.TrainConfig):
     beta: float = flag(5000.0, "KL strength: larger stays closer to the reference; too small ruins it", ">0")
-    sft: bool = flag(
-        False, "plain denoising loss on the winners, or on a set of caption + image rows: no preference"
-    )
+    sft: bool = flag(False, "plain denoising loss, on the winners or on a set of caption + image rows")
     scores: str | None = flag(None, "scores file: the higher score wins, whatever the human said")
 
 
@@ -91,8 +89,9 @@ def main(argv=None):
     label, usable = source.labels, (source.labels != 0.5) & source.good
     if cfg.scores:
         scores = common.load_scores(cfg.scores, source)
-        label = (scores["score_0"] > scores["score_1"]).float()
-        usable &= scores["score_0"].isfinite() & scores["score_1"].isfinite()
+        s0, s1 = scores["score_0"], scores["score_1"]
+        label = (s0 > s1).float()
+        usable &= s0.isfinite() & s1.isfinite() & (s0 != s1)
     common.claim(cfg, place, usable)
     samples = common.Samples(source, usable, cfg, models, label=label)
 

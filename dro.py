@@ -102,7 +102,7 @@ class ReplayBuffer:
     def push(self, items):
         """items: a dict of (B, ...) tensors, always with the same names."""
         old = self.items or {k: v[:0] for k, v in items.items()}
-        self.items = {k: torch.cat([old[k], v])[-self.size :] for k, v in items.items()}
+        self.items = {k: torch.cat([old[k].to(v.device), v])[-self.size :] for k, v in items.items()}
 
     def sample(self, n, generator):
         """A dict of (n, ...) tensors; no item comes twice while there are n."""
@@ -178,11 +178,13 @@ def choose_experts(cfg, place, scores, file):
             for side, name in enumerate(common.PAIR):
                 if (i, side) in best:
                     if common.item_key(row, name) != scores[f"key_{side}"][i]:
-                        raise common.InputError(f"--scores {cfg.scores} was made from other rows than --data")
+                        continue
                     image, value = common.raw_bytes(row[name]), best[i, side]
                     found[i, side] = {"caption": row["caption"], "image": image, "score": value}
             if i == last:
                 break
+        if len(found) < len(best):
+            raise common.InputError(f"--scores {cfg.scores} was made from other rows than --data")
         Dataset.from_list([found[item] for item in best]).to_parquet(f"{file}.new")
         Path(f"{file}.new").replace(file)
     common.barrier()
@@ -197,6 +199,8 @@ def main(argv=None):
     M, S, T = cfg.refresh_every, cfg.rollout_steps, len(models.alpha_bar)
     if T % S:
         raise common.InputError(f"--rollout_steps {S} does not divide the model's {T} timesteps")
+    if models.alpha_bar[-1] == 0:
+        raise common.InputError(f"--model {cfg.model}: no signal at its last timestep; rollouts need some")
     if 0 < cfg.buffer < cfg.batch:
         raise common.InputError(f"--buffer {cfg.buffer} holds less than a step's --batch {cfg.batch}")
 
@@ -207,27 +211,30 @@ def main(argv=None):
         experts = Path(cfg.out) / "experts.parquet"
         if not common.agree(experts.exists()):
             choose_experts(cfg, place, find_scores(), experts)
+        del find_scores  # and with it the reward model
         source = common.open_source(replace(cfg, data=str(experts)), models, place, common.SINGLE)
     else:
         source = common.open_source(cfg, models, place, common.SINGLE)
         common.claim(cfg, place, source.good)
     samples = common.Samples(source, source.good, cfg, models)
 
-    # The policy is the trained UNet, or a copy of it that is refreshed every M updates. One buffer for each
-    # micro-batch of a step: then it does not matter which GPU does which.
-    policy = common.reference_unet(models, cfg) if M > 1 else None
-    places = range(place.rank, cfg.batch // cfg.micro_batch, place.world)
-    buffers = {i: ReplayBuffer(cfg.buffer * cfg.micro_batch // cfg.batch) for i in places if cfg.buffer}
+    # One buffer for each micro-batch of a step: then it does not matter which GPU does which. The policy is
+    # the trained UNet itself, or a copy of it that is refreshed every M updates.
+    mine = range(place.rank, cfg.batch // cfg.micro_batch, place.world)
+    buffers = {i: ReplayBuffer(cfg.buffer * cfg.micro_batch // cfg.batch) for i in mine if cfg.buffer}
     keep = {f"buffer-{i}": buffer for i, buffer in buffers.items()}
-    run = common.Run(cfg, place, models, samples, keep | ({"policy": policy} if M > 1 else {}))
+    if M > 1:
+        keep["policy"] = common.reference_unet(models, cfg)  # a frozen copy
+    run = common.Run(cfg, place, models, samples, keep)
+    policy = keep["policy"] if M > 1 else run.bare
     for micro_batches in run.steps():
         if M > 1 and run.step % M == 0:
             common.copy_weights(models.unet, policy)
-        for i, batch in zip(places, micro_batches):
+        for i, batch in zip(mine, micro_batches):
             x0, cond = models.encode(batch)  # (B, 4, h, w)
 
             def eps_fn(x, t, rows):  # the policy; no guidance; the expert's own caption
-                return models.predict_eps(policy if M > 1 else run.bare, x, t, common.take(cond, rows))
+                return models.predict_eps(policy, x, t, common.take(cond, rows))
 
             # A trajectory has S levels, T / S apart; its offset is such that it meets t, at step `stop`.
             t, apart = batch["t"], T // S
@@ -239,7 +246,8 @@ def main(argv=None):
             if cfg.buffer:
                 buffers[i].push({"x0": x0, "xp": xp, "ep": ep, "t": t, **cond})
                 item = buffers[i].sample(len(x0), common.generator(cfg.seed, "replay", run.step, i))
-                x0, xp, ep, t, cond = *(item[k] for k in ("x0", "xp", "ep", "t")), {k: item[k] for k in cond}
+                x0, xp, ep, t = (item.pop(k) for k in ("x0", "xp", "ep", "t"))
+                cond = item  # what is left
 
             # Experts with drawn noise, then the policy's samples, at the same t and with the same captions.
             noise = batch["noise"].to(place.device)
@@ -252,7 +260,7 @@ def main(argv=None):
 
             err = denoising_error(models.predict(run.unet, xt, t, cond), target)
             losses, gap = dro_loss(err, ref_err, cfg.margin)
-            # d loss / d prediction of an image has the norm 2 sqrt(err / size) where the hinge is on
+            # d loss / d prediction of an image has a norm in proportion to sqrt(err) where the hinge is on
             pull = err.detach().sqrt() * (losses > 0).repeat(2)
             expert, sample = err.chunk(2)
             run.backward(losses.mean(), {

@@ -9,8 +9,8 @@ on the CPU in fp32): two models differ by their weights alone, and a win rate co
     python eval.py --images DIR_1 DIR_2 --prompts p.txt --scorers aesthetic.v2         # images made elsewhere
     python eval.py --data pairs.parquet --scorers hpsv2.1 --scores_out hps.safetensors # for smpo.py --scores
 
-Written under --out: scores.json (every score, settings, versions), scores.md, samples.png, winrate.png, and
-images/HASH/, where HASH covers weights, settings and prompts: what is there is used again and never stale.
+Written under --out: scores.json (every score, settings, versions), scores.md, samples.png, winrate.png; under
+--cache (default: --out) images/HASH/, where HASH covers weights, settings and prompts: never stale.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import TINY, InputError, first_line, flag
+from common import DTYPES, TINY, InputError, first_line, flag
 
 
 def win_rate(a, b, seed=0):
@@ -301,7 +301,11 @@ def load_scorer(name, path=None, device=None, dtype=None):
         if not Path(file).is_file():
             raise InputError(f"judge {name}: there is no file {file}")
         spec = importlib.util.spec_from_file_location(f"judge_{Path(file).stem}", file)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        try:
+            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        except Exception as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"judge {name} raises {what}") from error
         if not callable(compute := getattr(module, function, None)):
             raise InputError(f"judge {name}: {file} has no function {function}")
     elif name in SCORERS:
@@ -334,7 +338,6 @@ SCHEDULERS = {  # latents are not confined to [-1, 1]: never clip them, whatever
     "ddim": ("DDIMScheduler", {"clip_sample": False}), "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE = {"use_safetensors": True, "low_cpu_mem_usage": False}  # True would need the package accelerate
 
 
@@ -442,7 +445,7 @@ def report(model, unets, prompts, out, *, images_per_prompt=1, seed=0, steps=20,
         if place.main:
             key = json.dumps([weights_hash(pipe.unet), shared, settings, libraries, prompts], sort_keys=True)
             hashes[name] = hashlib.sha256(key.encode()).hexdigest()[:16]
-        hashes[name] = exchange(hashes.get(name))[0]
+        hashes[name] = common.agree(hashes.get(name))
         folder = Path(cache or out) / "images" / hashes[name]
         files[name] = generate(pipe, prompts, folder, place, name, **how)
     settings |= {"model": shown(model), "variant": variant, "revision": revision, "vae": vae,

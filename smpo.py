@@ -46,9 +46,9 @@ def preference_probability(score_0, score_1, lo, hi):
 
 
 def smpo_loss(err, ref_err, p, beta, gamma):
-    """SmPO, arXiv 2506.02698 Eq. 9. err, ref_err (2B,): denoising errors of the trained and the frozen UNet,
-    images 0 first, then images 1; p (B,). Returns losses (B,) and the detached margin in favour of image 0
-    (B,)."""
+    """SmPO, arXiv 2506.02698 Eq. 9 (by a secondary note of the paper). err, ref_err (2B,): denoising errors
+    of the trained and the frozen UNet, images 0 first, then images 1; p (B,). Returns losses (B,) and the
+    detached margin in favour of image 0 (B,)."""
     log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
     image_0, image_1 = log_ratio.chunk(2)
     margin = image_0 - image_1
@@ -104,13 +104,15 @@ def main(argv=None):
     # Rows to train on: not tied, every image decodes. Who won is not used: the reward says by how much.
     source = common.open_source(cfg, models, place, common.PAIR)
     usable = (source.labels != 0.5) & source.good
-    find_scores = common.open_scores(cfg, models, place, source)
+    find_scores = common.open_scores(cfg, models, place, source)  # refuses what is wrong, scores when called
     common.claim(cfg, place, usable)
 
     # Every pair is scored once, ties too: the normalisers are the whole set's smallest and largest score.
     scores = find_scores()
+    del find_scores  # and with it the reward model
     s0, s1 = scores["score_0"], scores["score_1"]
     both = torch.cat([s0, s1])
+    # what is found goes into cfg too: config.json tells it, and a resume compares it
     lo = cfg.reward_min = both[both.isfinite()].min().item() if cfg.reward_min is None else cfg.reward_min
     hi = cfg.reward_max = both[both.isfinite()].max().item() if cfg.reward_max is None else cfg.reward_max
     if hi <= lo:
@@ -125,7 +127,7 @@ def main(argv=None):
             t = (cfg.min_t + batch["t"] * (T - cfg.min_t) // T).repeat(2)  # one t a pair, in [min_t, T)
             p = preference_probability(batch["score_0"], batch["score_1"], lo, hi).to(place.device)
 
-            def eps_fn(x, level, rows):  # the model as it is now; no guidance; the pair's own caption
+            def eps_fn(x, level, rows):  # the model as it is now, no DDP; no guidance; the pair's caption
                 return models.predict_eps(run.bare, x, level, common.take(cond, rows))
 
             with torch.no_grad():

@@ -245,6 +245,16 @@ def test_16_bit_and_transparent_pairs_train(losses, rows, make_set):
     assert np.isfinite(out).all()
 
 
+def test_an_image_may_lie_where_the_hub_keeps_it():
+    """`datasets` streams a hub's image folder as addresses: here of fsspec's memory, with a hub's path."""
+    import fsspec
+
+    with fsspec.open("memory://owner/name@main/a b.png", "wb") as file:
+        file.write(b"image")
+    assert common.raw_bytes({"bytes": None, "path": "memory://owner/name@main/a b.png"}) == b"image"
+    assert common.raw_bytes({"bytes": None, "path": None}) == b"" == common.raw_bytes(None)
+
+
 def test_broken_images_are_dropped_and_counted(losses, rows, make_set, capsys):
     more = [dict(row, label_0=1.0) for row in rows[:12]]
     for i, data in enumerate(BROKEN.values()):

@@ -2,6 +2,7 @@
 choice of experts, and what the paper does not say of M = 1."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -214,6 +215,23 @@ def test_resume_with_buffer_policy_and_average(experts_run, log_of, flags):
 def test_bad_input(experts_run, flags, words):
     with pytest.raises(common.InputError, match=words):
         experts_run("bad", *flags)
+
+
+def test_scores_of_a_larger_set_are_refused(experts_run, make_set, rows):
+    """Of a set whose first rows are these: the keys that are met agree, the best images may lie beyond."""
+    more = experts_run("more", "--steps", "1")
+    few = make_set(rows[:3], "few.parquet")
+    with pytest.raises(common.InputError, match="was made from other rows"):
+        experts_run("few", "--data", few, "--scores", str(more / "scores.safetensors"))
+
+
+def test_a_model_without_signal_at_its_last_timestep_is_refused(experts_run, tmp_path):
+    """Zero terminal SNR: a rollout would divide by alpha = 0."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(common.InputError, match="no signal at its last timestep"):
+        experts_run("bad", "--model", str(tmp_path / "model"))
 
 
 def test_config_is_recorded(experts_run):

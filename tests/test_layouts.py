@@ -144,8 +144,8 @@ def test_training(layout, method, cache, request, make_set, rows, tmp_path, log_
 
 
 def test_compiled_unets_train_the_same(xl_model, make_set, rows, tmp_path, monkeypatch, log_of):
-    """torch.compile around trained UNet, reference and old policy, with a resume; without its code
-    generator, which takes minutes and is torch's own affair."""
+    """torch.compile around trained UNet, reference and old policy, with resumes, the last of them without it;
+    without its code generator, which takes minutes and is torch's own affair."""
     compiled = []
 
     def compile(module, *, real=torch.compile):
@@ -157,12 +157,12 @@ def test_compiled_unets_train_the_same(xl_model, make_set, rows, tmp_path, monke
     flags = ["--model", xl_model, "--data", make_set(rows[:12]), "--eval_prompts", "0", "--batch", "4", *more]
     flags += ["--micro_batch", "4", "--warmup", "0", "--cache", str(tmp_path / "cache"), "--ema", "0.5"]
     flags += ["--rollout_steps", "5"]
-    for name, steps in (("plain", 3), ("compiled", 2), ("compiled", 3)):
-        out = ["--out", str(tmp_path / name), "--steps", str(steps), "--compile", str(int(name != "plain"))]
-        script.main([*flags, *out, *(["--resume"] if steps == 3 else [])])
+    for name, steps, on in (("plain", 4, 0), ("compiled", 2, 1), ("compiled", 3, 1), ("compiled", 4, 0)):
+        out = ["--out", str(tmp_path / name), "--steps", str(steps), "--compile", str(on)]
+        script.main([*flags, *out, *(["--resume"] if steps > 2 else [])])
     assert len(compiled) == 6  # three UNets, twice
     plain, other = (log_of(tmp_path / name) for name in ("plain", "compiled"))
-    assert len(other) == 3 and other[0]["gap"] == 0
+    assert len(other) == 4 and other[0]["gap"] == 0
     assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
     file = "unet/diffusion_pytorch_model.safetensors"
     a, b = (load_file(tmp_path / name / file) for name in ("plain", "compiled"))

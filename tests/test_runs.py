@@ -125,11 +125,18 @@ def test_sft_learns_the_winners_and_single_images(short, log_of, make_set, rows)
     assert len(log_of(short("dpo", "experts", "--sft", "--data", experts))) == 4
 
 
-def test_labels_can_come_from_a_scores_file(short, tmp_path, rows, log_of):
+def test_labels_can_come_from_a_scores_file(short, tmp_path, rows, log_of, capsys):
     scored = short("smpo", "scored", "--steps", "1")
     out = short("dpo", "relabelled", "--scores", str(scored / "scores.safetensors"), "--steps", "1")
     again = short("smpo", "again", "--scores", str(scored / "scores.safetensors"), "--steps", "1")
     assert log_of(again)[0]["loss"] == log_of(scored)[0]["loss"] and len(log_of(out)) == 1
+    with safe_open(scored / "scores.safetensors", "pt") as file:  # equal scores: nobody has won
+        tensors, about = {k: file.get_tensor(k) for k in common.SCORES}, file.metadata()
+    tensors["score_1"][:5] = tensors["score_0"][:5]
+    save_file(tensors, tmp_path / "ties.safetensors", about)
+    short("dpo", "ties", "--scores", str(tmp_path / "ties.safetensors"), "--steps", "1")
+    usable = [row["label_0"] != 0.5 for row in rows[:24]]
+    assert f"{sum(usable[5:])} of 24 rows can be used" in capsys.readouterr().out
 
 
 def test_normalisers_are_the_sets_own_and_recorded(short):
@@ -165,17 +172,18 @@ TWO = {  # where the ranks' numbers of UNet calls differ: smpo's levels, dro's r
 
 @pytest.mark.parametrize("method", TWO)
 def test_two_processes_train_like_one(method, short, tmp_path, log_of):
-    """2 processes on gloo: the same losses and weights as one process, to rounding."""
+    """2 processes on gloo, with a resume: the same losses and weights as one process, to rounding."""
     one, two = short(method, "one", *TWO[method]), tmp_path / "two"
     flags = [*SHORT, *TWO[method], "--data", tmp_path / "set.parquet", "--out", two, "--cache", tmp_path]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [where | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     name = METHODS[method].__name__
-    children = [Child(name, flags, tmp_path / f"rank-{rank['RANK']}.txt", **rank) for rank in ranks]
-    for child in children:
-        assert child.wait() == 0, child.output[-3000:]
+    for more in (["--steps", "2"], ["--resume"]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [where | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        children = [Child(name, flags + more, tmp_path / f"rank-{r['RANK']}.txt", **r) for r in ranks]
+        for child in children:
+            assert child.wait() == 0, child.output[-3000:]
     for a, b in zip(log_of(one), log_of(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["unet_calls"] == b["unet_calls"]
     assert same(weights(one), weights(two), atol=1e-4)
@@ -393,6 +401,23 @@ def test_a_nan_loss_stops_and_keeps_the_last_checkpoint(short, make_set, rows, t
     assert [line["step"] for line in log_of(out)] == [0, 1]
     kept = load_file(out / "checkpoint" / "2" / "unet.safetensors")
     assert all(value.isfinite().all() for value in kept.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(short, monkeypatch):
+    """The loss of such a step is finite still; its weights are not."""
+    calls, real = [], dpo_baseline.dpo_loss
+
+    def spoiled(err, ref_err, beta):
+        calls.append(1)
+        losses, margin = real(err, ref_err, beta)
+        root = (0 * err[: len(losses)]).sqrt()  # 0, and its derivative is infinite
+        return (losses + 0 * root if len(calls) == 3 else losses), margin
+
+    monkeypatch.setattr(dpo_baseline, "dpo_loss", spoiled)
+    with pytest.raises(common.InputError, match="grad_norm is nan at step 1; the last checkpoint is kept"):
+        short("dpo", "run", "--save_every", "1")
+    out = short("dpo", "run", "--save_every", "1", "--resume", "--steps", "2")  # goes on from step 1
+    assert all(value.isfinite().all() for value in weights(out).values())
 
 
 def test_exit_code_and_no_traceback_from_the_shell():
