@@ -61,13 +61,14 @@ def add_noise(x0, eps, t, alpha_bar):
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 
-def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t"):
+def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t", ask="end"):
     """Find the noise of x0 instead of drawing it: few-step DDIM inversion with ReNoise (arXiv 2403.14602).
 
     Level by level the latent is carried from clean (alpha_bar = 1) up the grid k T // steps, k = 1, 2, ...,
     as long as that is below t, then once more: exactly to t (landing="t"), or a whole grid step, to the first
     grid level at or above t (landing="grid"; the released code's behaviour, cleaned). Both take
-    max(1, ceil(t steps / T)) steps of 1 + renoise network calls.
+    max(1, ceil(t steps / T)) steps of 1 + renoise network calls. ask: the level that the network is told in a
+    step, the one it goes to ("end": ReNoise) or the one it comes from ("start": the released code).
 
     eps_fn(x (n, C, h, w), t (n,), rows (n,)) -> eps (n, C, h, w); rows tells which samples of the batch these
     are: one that has arrived is not computed further. t: (N,) long, each sample its own, on the CPU to avoid
@@ -83,15 +84,15 @@ def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t"):
         rows = (count >= k).nonzero()[:, 0]
         level = torch.where(count[rows] == k, last[rows], k * T // steps)  # the level this step goes up to
         ab_from, ab_to = _at(levels, at[rows], x0), _at(levels, level, x0)
-        here, there = rows.to(x0.device), level.to(x0.device)
+        told = level if ask == "end" else at[rows].clamp(min=0)
+        here, told = rows.to(x0.device), told.to(x0.device)
         xs = x[here]
         # DDIM upwards needs eps at the level it has not reached yet. ReNoise: guess it with the latent at
-        # hand, step, ask again up there, and take the average. The network is always told the level the step
-        # goes to.
-        eps = eps_fn(xs, there, here)
+        # hand, step, ask again up there, and take the average.
+        eps = eps_fn(xs, told, here)
         for i in range(renoise):
             up = _ddim(xs, eps, ab_from, ab_to)
-            guess = eps_fn(up, there, here)
+            guess = eps_fn(up, told, here)
             eps = eps + (guess - eps) / (i + 2)  # the running mean of all guesses
         x[here], at[rows] = _ddim(xs, eps, ab_from, ab_to), level
     ab_t = _at(alpha_bar, t, x0)

@@ -64,13 +64,15 @@ class Config(common.RewardConfig):
     inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws noise: smoothing alone", ">=0")
     renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion", ">=0")
     landing: Literal["t", "grid"] = flag("grid", "where inversion ends: drawn t, or first grid level >= t")
+    ask: Literal["end", "start"] = flag("start", "level that a step tells the UNet; end: ReNoise's own")
     min_t: int = flag(0, "smallest t; near 0 found noise is a difference divided by nearly nothing", ">=0")
     reward_min: float | None = flag(None, "smallest reward, for the normalisation; default: the data's own")
     reward_max: float | None = flag(None, "largest; released code: 11.5435, 28.2016 in PickScore's unit")
 
 
 # sd15, sdxl: Diffusion-DPO's batch, steps, lr, warm-up, caption dropout and beta, which the release builds
-# on; gamma 10, five inversion steps, grid landing: SmPO's release. Precision, micro-batch, workers are ours.
+# on; gamma 10, five inversion steps, grid landing, asked at a step's start: SmPO's release under the library
+# it pins. Precision, micro-batch, workers are ours.
 # tiny: searched; tests/tiny/searches.md has what was tried.
 PRESETS = {
     "tiny": common.tiny("smpo") | {
@@ -132,9 +134,8 @@ def main(argv=None):
 
             with torch.no_grad():
                 if cfg.inversion_steps:  # find the noise of each image
-                    xt, eps = common.renoise_invert(
-                        eps_fn, x0, t, models.alpha_bar, cfg.inversion_steps, cfg.renoise, cfg.landing
-                    )
+                    how = cfg.inversion_steps, cfg.renoise, cfg.landing, cfg.ask
+                    xt, eps = common.renoise_invert(eps_fn, x0, t, models.alpha_bar, *how)
                 else:  # draw it, one for both images
                     eps = batch["noise"].repeat(2, 1, 1, 1).to(place.device)
                     xt = common.add_noise(x0, eps, t, models.alpha_bar)

@@ -54,8 +54,8 @@ def levels(t, steps, landing, T=1000):
 
 @pytest.mark.parametrize("landing", ["t", "grid"])
 @pytest.mark.parametrize("steps", [1, 5, 7])
-@pytest.mark.parametrize("renoise", [0, 1])
-def test_each_sample_takes_its_own_path(alpha_bar, landing, steps, renoise):
+@pytest.mark.parametrize("renoise, ask", [(0, "end"), (1, "end"), (1, "start")])
+def test_each_sample_takes_its_own_path(alpha_bar, landing, steps, renoise, ask):
     """A network that is non-linear and different for every sample, against float64 scalars, one sample at a
     time."""
     ab = [1.0 if i is None else alpha_bar[i].item() for i in range(1000)]
@@ -69,19 +69,20 @@ def test_each_sample_takes_its_own_path(alpha_bar, landing, steps, renoise):
         values = [probe(v.item(), u.item() / 1000, float(r)) for v, u, r in zip(x, t, rows)]
         return torch.tensor(values).view(-1, 1, 1, 1)
 
-    xt, eps = renoise_invert(eps_fn, x0, TIMES, alpha_bar, steps, renoise, landing)
+    xt, eps = renoise_invert(eps_fn, x0, TIMES, alpha_bar, steps, renoise, landing, ask)
     for i, t in enumerate(TIMES.tolist()):
-        x, a = x0[i].item(), 1.0
+        x, a, at = x0[i].item(), 1.0, 0
         for u in levels(t, steps, landing):
             b = ab[u]
 
             def up(e):
                 return math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a) + math.sqrt(1 - b) * e
 
-            e = probe(x, u / 1000, i)
+            told = (u if ask == "end" else at) / 1000
+            e = probe(x, told, i)
             if renoise:
-                e = (e + probe(up(e), u / 1000, i)) / 2
-            x, a = up(e), b
+                e = (e + probe(up(e), told, i)) / 2
+            x, a, at = up(e), b, u
         tau = (x - math.sqrt(ab[t]) * x0[i].item()) / math.sqrt(1 - ab[t])
         assert xt[i].item() == pytest.approx(x, abs=1e-5)
         assert eps[i].item() == pytest.approx(tau, abs=2e-3 if t < 2 else 1e-5)

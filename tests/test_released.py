@@ -32,6 +32,23 @@ def test_the_released_loop_does_not_find_a_constant_noise(alpha_bar, library, sh
     assert ours.tolist() == pytest.approx([1, 0], abs=1e-4)
 
 
+def test_asked_at_the_start_of_a_step_the_grid_is_the_released_loop(alpha_bar):
+    """diffusers 0.20 tells the UNet the level that a step comes from: so does --ask start. What is left is
+    the release's start at alpha_bar[0] and its levels, one higher; where t is above them, it ends below."""
+    x0 = torch.randn(60, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.arange(202, 800, 10)
+
+    def network(x, told, rows):
+        return torch.tanh(0.7 * x) * (1 + 0.5 * told.clamp(min=0).view(-1, 1, 1, 1) / 1000)
+
+    released = released_invert(network, x0, t, alpha_bar, "0.20")[1]
+    off = {}
+    for ask in ("start", "end"):
+        found = common.renoise_invert(network, x0, t, alpha_bar, 5, 1, "grid", ask)[1]
+        off[ask] = ((found - released).norm() / released.norm()).item()
+    assert off["start"] < 0.03 and off["end"] > 4 * off["start"], off
+
+
 def test_the_found_noise_blows_up_at_small_t(alpha_bar):
     """Latent at level 201, target formed at t: E[tau^2] 94 at t = 2, where 1 is right. `grid` keeps that
     (its latent is at 200), `t` does not, --min_t keeps away from it."""
