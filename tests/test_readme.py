@@ -128,6 +128,6 @@ def test_the_pictures_show_what_the_text_beside_them_says(tmp_path):
     pictures.draw_losses(tmp_path / "losses.png")
     pictures.draw_inversion(tmp_path / "inversion.png", count=2)
     sheet = np.asarray(Image.open(tmp_path / "inversion.png")).astype(float)[54:]
-    image, drawn, grid, landing_t = (sheet[:, 16 + 144 * k :][:, :128] for k in (0, 2, 4, 6))
-    off = [np.abs(column - image).mean() for column in (drawn, grid, landing_t)]
+    image, drawn, preset, landing_t = (sheet[:, 16 + 144 * k :][:, :128] for k in (0, 2, 4, 6))
+    off = [np.abs(column - image).mean() for column in (drawn, preset, landing_t)]
     assert off[2] < 5 and 2 * off[2] < off[1] < off[0]

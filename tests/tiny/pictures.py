@@ -74,8 +74,9 @@ def draw_inversion(file, count=5, level=600):
 
     drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     ways = {"drawn": (common.add_noise(x0, drawn, t, models.alpha_bar), drawn)}
-    for name, steps, landing in (("found, grid, n = 2", 2, "grid"), ("found, t, n = 7", 7, "t")):
-        ways[name] = common.renoise_invert(eps_fn, x0, t, models.alpha_bar, steps, 1, landing)
+    found = {"found, as preset": (5, 1, "grid", "start"), "found, landing t": (7, 1, "t", "end")}
+    for name, how in found.items():
+        ways[name] = common.renoise_invert(eps_fn, x0, t, models.alpha_bar, *how)
     columns = {"image": x0}
     for name, (xt, eps) in ways.items():
         size = f"mean square {eps.square().mean():.2f}"
