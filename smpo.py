@@ -76,9 +76,8 @@ class Config(common.RewardConfig):
 # tiny: searched; tests/tiny/searches.md has what was tried.
 PRESETS = {
     "tiny": common.tiny("smpo") | {
-        "steps": 60, "batch": 64, "micro_batch": 32, "lr": 1e-5, "warmup": 10, "beta": 300.0,
-        "inversion_steps": 2, "min_t": 50, "caption_dropout": 0.1, "ema": 0.9999,
-        "reward": str(common.TINY / "reward"),
+        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 300.0,
+        "caption_dropout": 0.1, "ema": 0.9999, "reward": str(common.TINY / "reward"),
     },
     "sd15": {
         "steps": 2000, "batch": 2048, "micro_batch": 8, "lr": 2.048e-5, "warmup": 500, "beta": 2000.0,

@@ -67,8 +67,7 @@ class Arm:
 SCORED = {"scores": "{work}/scores.safetensors"}
 # p = 1 for the image that the label prefers: the label instead of the reward
 LABELS = {"scores": "{work}/labels.safetensors", "reward_min": 0, "reward_max": 1, "gamma": 1}
-# the core: n = 5, every t, landing grid, asked at the start, as at full size; before it: two others
-CORE = {**SCORED, "inversion_steps": 5, "min_t": 0}
+# two inversions that were the tiny preset's before: see searches.md
 ASK_END = {"ask": "end", "inversion_steps": 2, "min_t": 50}
 LANDING_T = {**SCORED, "ask": "end", "landing": "t", "inversion_steps": 7, "min_t": 300}
 EXPERTS = {"data": "{work}/experts.parquet"}
@@ -80,26 +79,26 @@ ARMS = {
     "dpo": Arm("DPO", "dpo_baseline", DPO),
     "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
     "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO,
-                     {**SCORED, "inversion_steps": 0, "min_t": 0}),
-    "smpo": Arm("SmPO (landing grid, asked at the start, n = 5)", "smpo", SMPO, CORE),
+                     {**SCORED, "inversion_steps": 0}),
+    "smpo": Arm("SmPO (landing grid, asked at the start, n = 5)", "smpo", SMPO, SCORED),
     "smpo_end": Arm("SmPO, asked at the end, n = 2", "smpo", SMPO, {**SCORED, **ASK_END}),
     "inversion": Arm("inversion alone (people's labels), asked at the end, n = 2", "smpo", SMPO,
                      {**LABELS, **ASK_END}),
     "smpo_t": Arm("SmPO, landing t, n = 7, t >= 300", "smpo", SMPO_T, LANDING_T),
-    "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, CORE, library="0.20"),
-    "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, CORE, library="0.22"),
+    "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, SCORED, library="0.20"),
+    "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, SCORED, library="0.22"),
     "dro": Arm("DRO, M = 1 (its gate alone)", "dro", DRO, EXPERTS),
     "dro_m2": Arm("DRO, M = 2", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 2}),
     "dro_m8": Arm("DRO, M = 8", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 8}),
-    "n2": Arm("SmPO, n = 2", "smpo", [], {**CORE, "inversion_steps": 2}, 3, of="smpo"),
-    "n10": Arm("SmPO, n = 10", "smpo", [], {**CORE, "inversion_steps": 10}, 3, of="smpo"),
-    "no_renoise": Arm("SmPO, plain DDIM inversion", "smpo", [], {**CORE, "renoise": 0}, 3, of="smpo"),
+    "n2": Arm("SmPO, n = 2", "smpo", [], {**SCORED, "inversion_steps": 2}, 3, of="smpo"),
+    "n10": Arm("SmPO, n = 10", "smpo", [], {**SCORED, "inversion_steps": 10}, 3, of="smpo"),
+    "no_renoise": Arm("SmPO, plain DDIM inversion", "smpo", [], {**SCORED, "renoise": 0}, 3, of="smpo"),
     "no_renoise_end": Arm("SmPO, asked at the end, plain DDIM inversion", "smpo", [],
                           {**SCORED, **ASK_END, "renoise": 0}, 3, of="smpo_end"),
     "no_renoise_t": Arm("SmPO, landing t, plain DDIM inversion", "smpo", [],
                         {**LANDING_T, "renoise": 0}, 3, of="smpo_t"),
-    "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**CORE, "gamma": 3}, 3, of="smpo"),
-    "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**CORE, "gamma": 30}, 3, of="smpo"),
+    "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**SCORED, "gamma": 3}, 3, of="smpo"),
+    "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**SCORED, "gamma": 30}, 3, of="smpo"),
     "dpo_60": Arm("DPO, labels agree with the judge in 60 %", "dpo_baseline", [],
                   {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
     "dpo_90": Arm("DPO, labels agree with the judge in 90 %", "dpo_baseline", [],
