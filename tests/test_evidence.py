@@ -48,7 +48,8 @@ def test_arms_are_compared_on_the_seeds_they_share(results, tmp_path):
     assert seeds == [1, 2] and ours.shape == (2, 8, 2)
     assert evidence.over_seeds(ours, theirs) == {"win": 1, "low": 1, "high": 1, "tie": 0}
     text = evidence.tables(tmp_path / "chart.png")
-    assert "| SmPO above DPO | 100.0% (100.0% to 100.0%): holds | 1.000, 0.000 | 2 |" in text
+    row = "| SmPO above DPO | 100.0% (100.0% to 100.0%): holds | +1.0000 (+1.0000 to +1.0000): holds | 2 |"
+    assert row in text
     assert "| DRO, M = 8 | | not run |" in text and (tmp_path / "chart.png").exists()
 
 
@@ -63,3 +64,5 @@ def test_the_interval_knows_that_seeds_differ():
     narrow = evidence.over_seeds(alike, np.full_like(alike, 0.5))
     binomial = 2 * 1.96 * (0.6 * 0.4 / 2000) ** 0.5
     assert binomial < narrow["high"] - narrow["low"] < 2.2 * binomial
+    low, high = evidence.interval(random.normal(0.1, 1, (5, 400)))  # the same for a mean
+    assert 2 * 1.96 / 2000**0.5 < high - low < 2.2 * 2 * 1.96 / 2000**0.5 and low < 0.1 < high
