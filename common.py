@@ -1108,8 +1108,9 @@ class Run:
         values = dict(zip([*self.sums, "grad_norm", "unet_calls", "signal", "missed"], values))
         stopped = values.pop("signal") > 0  # any rank's: all stop after the same step
         self.bad += round(values.pop("missed") * self.place.world)
-        for name in ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"):  # fp16's scaler passes
-            if not math.isfinite(values[name]):  # over a step whose gradient is not finite
+        # a gradient that is not finite fp16's scaler passes over
+        for name in ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
                 what = f"the {name} is {values[name]} at step {self.step}"
                 raise InputError(f"{what}; the last checkpoint is kept")
         seconds, peak = time.perf_counter() - self.started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -1202,8 +1203,10 @@ class Run:
                 moments.setdefault(int(i), {})[key] = value
             group = self.optimizer.param_groups[0] | {"params": list(range(len(self.weights)))}
             self.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
-            if self.place.world > 1:  # ZeRO leaves a second copy of this rank's share, and step counts on
-                self.optimizer.state.clear()  # the CPU, where fused AdamW refuses them
+            if self.place.world > 1:
+                # ZeRO leaves a second copy of this rank's share, and step counts on the CPU, where fused
+                # AdamW refuses them
+                self.optimizer.state.clear()
                 for weight, state in self.optimizer.optim.state.items():
                     state.update({k: v.to(weight.device) for k, v in state.items()})
             if self.average:

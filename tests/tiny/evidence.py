@@ -4,7 +4,7 @@ judged and written into the README.
     python tests/tiny/evidence.py                     # everything that is missing, two jobs at a time
     python tests/tiny/evidence.py --arms dpo smpo     # these arms alone
     python tests/tiny/evidence.py --quick             # the core arms, one short seed; nothing is kept
-    python tests/tiny/evidence.py --tables            # README and chart from the results that are there
+    python tests/tiny/evidence.py --tables            # README, searches.md and chart, of what is there
 
 The protocol is the same for every arm: 100 steps of 32 rows, averaged weights, and a search over four
 settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images; all of
@@ -111,7 +111,7 @@ ARMS = {
                          {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="dpo_reward"),
 }  # fmt: skip
 QUICK = ("sft_experts", "dpo", "smpo", "dro")
-CLAIMS = [  # (arm, against, what the papers would expect of it)
+CLAIMS = [  # (arm, against, what would be claimed of it)
     ("smpo", "dpo", "SmPO above DPO"), ("smpo", "smoothing", "inversion adds to smoothing"),
     ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
     ("inversion", "dpo", "inversion adds to DPO"), ("dpo_reward", "dpo", "the reward's labels beat people's"),
@@ -350,6 +350,10 @@ def over_seeds(a, b):
     return {"win": points.mean(), "low": low, "high": high, "tie": (a == b).mean()}
 
 
+def spelled(setting):
+    return ", ".join(f"{k} {v:g}" for k, v in setting.items())
+
+
 def told(low, high, tie):
     return "holds" if low > tie else "the opposite" if high < tie else "not told apart"
 
@@ -376,8 +380,7 @@ def tables(chart_file):
             if judge == "gold_score":
                 means, row_chart = (start.mean(), ours.mean()), row[0]
         chart.append((arm.title, row_chart))
-        setting = ", ".join(f"{k} {v:g}" for k, v in results[0]["setting"].items())
-        setting += "" if len(arm.settings) > 1 else " (given)"
+        setting = spelled(results[0]["setting"]) + ("" if len(arm.settings) > 1 else " (given)")
         calls = [r["unet_calls"] for r in results]
         seconds = [r["cpu_seconds"] for r in results if r["cpu_seconds"] is not None]
         cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
@@ -411,8 +414,8 @@ def searches():
     for name, arm in ARMS.items():
         cells = []
         for found in load(name)["search"]:
-            setting = ", ".join(f"{k} {v:g}" for k, v in found["setting"].items())
-            cell = f"{setting}: {found['win']['gold_score']:.1%}, {found['mean']['gold_score']:.3f}"
+            wins, mean = found["win"]["gold_score"], found["mean"]["gold_score"]
+            cell = f"{spelled(found['setting'])}: {wins:.1%}, {mean:.3f}"
             cells.append(f"**{cell}**" if found["setting"] == best(name) else cell)
         if cells:
             lines.append(f"| {arm.title} | {'; '.join(cells)} |")

@@ -74,7 +74,8 @@ def draw_inversion(file, count=5, level=600):
 
     drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     ways = {"drawn": (common.add_noise(x0, drawn, t, models.alpha_bar), drawn)}
-    found = {"found, as preset": (5, 1, "grid", "start"), "found, landing t": (7, 1, "t", "end")}
+    preset = cfg.inversion_steps, cfg.renoise, cfg.landing, cfg.ask
+    found = {"found, as preset": preset, "found, landing t": (7, 1, "t", "end")}
     for name, how in found.items():
         ways[name] = common.renoise_invert(eps_fn, x0, t, models.alpha_bar, *how)
     columns = {"image": x0}
