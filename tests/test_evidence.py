@@ -32,6 +32,7 @@ def test_a_search_comes_first_and_its_winner_is_run_on_every_seed(results):
     assert evidence.searches().count("**lr 3e-05, beta 500: 90.0%, -0.090**") == 1
     assert evidence.missing("dpo") == [(settings[1], seed, "test") for seed in range(5)]
     assert evidence.missing("dpo_60") == [(settings[1], seed, "test") for seed in range(3)]
+    assert evidence.missing("dpo_mean") == [(settings[0], seed, "test") for seed in range(5)]
     for seed in (3, 0):
         results("dpo", setting=settings[1], seed=seed, split="test")
     assert [seed for _, seed, _ in evidence.missing("dpo")] == [1, 2, 4]

@@ -53,7 +53,8 @@ OLD_SAMPLES = grid((1e-5, 0.01), (3e-5, 0.003), (3e-5, 0.01), (1e-4, 0.01), lr=0
 @dataclass
 class Arm:
     """title: what the table calls it; script; flags beside the setting's; seeds; library: of the released
-    loop in place of ours; of: the arm whose best setting it takes, without a search of its own."""
+    loop in place of ours; of: the arm whose best setting it takes, without a search of its own, by: the
+    search's "win" rate or its "mean" score."""
 
     title: str
     script: str
@@ -62,6 +63,7 @@ class Arm:
     seeds: int = 5
     library: str = ""
     of: str = ""
+    by: str = "win"
 
 
 SCORED = {"scores": "{work}/scores.safetensors"}
@@ -97,6 +99,19 @@ ARMS = {
                         {**LANDING_T, "renoise": 0}, 3, of="smpo_t"),
     "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**SCORED, "gamma": 3}, 3, of="smpo"),
     "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**SCORED, "gamma": 30}, 3, of="smpo"),
+    "dpo_mean": Arm("DPO, best mean", "dpo_baseline", [], of="dpo", by="mean"),
+    "dpo_reward_mean": Arm("DPO, labels by the reward, best mean", "dpo_baseline", [], SCORED,
+                           of="dpo_reward", by="mean"),
+    "smoothing_mean": Arm("smoothing alone, best mean", "smpo", [], {**SCORED, "inversion_steps": 0},
+                          of="smoothing", by="mean"),
+    "smpo_mean": Arm("SmPO, best mean", "smpo", [], SCORED, of="smpo", by="mean"),
+    "n2_mean": Arm("SmPO, n = 2, best mean", "smpo", [], {**SCORED, "inversion_steps": 2},
+                   of="n2", by="mean"),
+    "smpo_020_mean": Arm("SmPO, released loop (0.20), best mean", "smpo", [], SCORED, library="0.20",
+                         of="smpo_020", by="mean"),
+    "sft_experts_mean": Arm("SFT on the experts, best mean", "dpo_baseline", [], {"sft": 1, **EXPERTS},
+                            of="sft_experts", by="mean"),
+    "dro_mean": Arm("DRO, M = 1, best mean", "dro", [], EXPERTS, of="dro", by="mean"),
     "dpo_60": Arm("DPO, 60 % of the labels right", "dpo_baseline", [],
                   {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
     "dpo_90": Arm("DPO, 90 % of the labels right", "dpo_baseline", [],
@@ -119,6 +134,7 @@ CLAIMS = [  # (arm, against, what would be claimed of it)
     ("smpo", "smpo_end", "--ask start, n = 5, above --ask end, n = 2"),
     ("n2", "smpo", "n = 2 above n = 5"), ("n2", "dpo", "SmPO, n = 2, above DPO"),
     ("n2", "smoothing", "inversion, n = 2, adds to smoothing"),
+    ("smpo", "n10", "n = 5 above n = 10"), ("smpo_020", "smpo_022", "diffusers 0.20's loop above 0.22's"),
     ("gamma3", "smpo", "gamma 3 above 10"), ("gamma30", "smpo", "gamma 30 above 10"),
     ("smpo", "smpo_t", "--ask start, landing grid, above --ask end, landing t"),
     ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
@@ -131,7 +147,18 @@ CLAIMS = [  # (arm, against, what would be claimed of it)
     ("smpo", "smpo_020", "ours above the released loop"), ("smpo_020", "dpo", "the released loop above DPO"),
     ("dro", "sft_experts", "DRO above SFT on its experts"),
     ("dro", "sft_experts_lr", "DRO above SFT on its experts at the same lr"),
+    ("dro_m2", "dro", "real negatives (M = 2) add to M = 1"),
     ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"), ("dro", "dpo", "DRO above DPO"),
+    ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
+    ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
+    ("smpo_020_mean", "dpo_mean", "the released loop above DPO, best means"),
+    ("smpo_mean", "smoothing_mean", "inversion adds to smoothing, best means"),
+    ("n2_mean", "smoothing_mean", "inversion, n = 2, adds to smoothing, best means"),
+    ("smoothing_mean", "dpo_reward_mean", "smoothing adds to the reward's hard labels, best means"),
+    ("dpo_reward_mean", "dpo_mean", "the reward's labels beat people's, best means"),
+    ("n2_mean", "dpo_reward_mean", "SmPO, n = 2, above DPO with the reward's labels, best means"),
+    ("dro_mean", "sft_experts_mean", "DRO above SFT on its experts, best means"),
+    ("dro_mean", "dpo_mean", "DRO above DPO, best means"),
 ]  # fmt: skip
 
 
@@ -252,17 +279,17 @@ def load(name):
     return json.loads(file.read_text()) if file.exists() else {"search": [], "test": []}
 
 
-def best(name):
+def best(name, by="win"):
     """The setting that the search chose, once it is whole."""
     arm = ARMS[name]
     if arm.of:
-        return best(arm.of)
+        return best(arm.of, arm.by)
     if len(arm.settings) == 1:
         return arm.settings[0]
     found = load(name)["search"]
     if len(found) < len(arm.settings):
         return None
-    return max(found, key=lambda r: r["win"]["gold_score"])["setting"]
+    return max(found, key=lambda r: r[by]["gold_score"])["setting"]
 
 
 def count_missing(name):
