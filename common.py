@@ -927,13 +927,8 @@ def try_judge(cfg):
     import eval as evaluation
 
     blank, prompts = Image.new("RGB", (cfg.resolution,) * 2), read_prompts(cfg)
-    try:
-        if cfg.judge:
-            evaluation.load_scorer(cfg.judge, device="cpu")([blank], prompts[:1])
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"--judge {cfg.judge} raises {type(error).__name__}: {first_line(error)}") from error
+    if cfg.judge:
+        evaluation.load_scorer(cfg.judge, device="cpu")([blank], prompts[:1])
 
 
 def claim(cfg, place, usable=None):

@@ -292,7 +292,7 @@ def load_scorer(name, path=None, device=None, dtype=None):
     score(images: N PIL, prompts: N texts, batch=32) -> (N,) fp32 on the CPU.
 
     path: see scorer_files. device, dtype: by default the GPU in fp16, or the CPU in fp32. InputError names
-    what is unknown, cannot be loaded, or gives numbers that are not finite.
+    what is unknown, cannot be loaded, raises an error, or gives numbers that are not finite.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -322,8 +322,13 @@ def load_scorer(name, path=None, device=None, dtype=None):
     def score(images, prompts, batch=32):
         values = [torch.empty(0)]
         for i in range(0, len(images), batch):
-            found = compute([x.convert("RGB") for x in images[i : i + batch]], list(prompts[i : i + batch]))
-            values.append(torch.as_tensor(found).float().cpu().flatten())
+            some = [image.convert("RGB") for image in images[i : i + batch]]
+            try:
+                found = torch.as_tensor(compute(some, list(prompts[i : i + batch])))
+            except Exception as error:  # a judge's own, or a full GPU
+                what = f"{type(error).__name__}: {first_line(error)}"
+                raise InputError(f"scorer {name} raises {what}") from error
+            values.append(found.float().cpu().flatten())
         values, wanted = torch.cat(values), len(images)
         if not wanted == len(prompts) == len(values) or not values.isfinite().all():
             finite, texts = int(values.isfinite().sum()), len(prompts)

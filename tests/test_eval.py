@@ -68,6 +68,8 @@ def judge(tmp_path):
         "def red(images, prompts): return [np.asarray(i)[..., 0].mean() / 255 for i in images]\n"
         "def wrong(images, prompts): return [0.0]\n"
         "def nan(images, prompts): return [float('nan')] * len(images)\n"
+        "def boom(images, prompts): return 1 / 0\n"
+        "def words(images, prompts): return prompts\n"
     )
     return path
 
@@ -536,6 +538,8 @@ BAD = {
     "undecodable": (("--images", "BROKEN"), "0.png does not decode"),
     "few": (("--scorers", "JUDGE:wrong", "--images", "EVEN"), "2 images"),
     "nan": (("--scorers", "JUDGE:nan", "--images", "EVEN"), "0 finite values"),
+    "boom": (("--scorers", "JUDGE:boom", "--images", "EVEN"), "raises ZeroDivisionError"),
+    "words": (("--scorers", "JUDGE:words", "--images", "EVEN"), "raises ValueError"),
     "scheduler": (("--scheduler", "pndm"), "pndm is not one of ddim, ddpm, dpm"),
     "precision": (("--precision", "fp8"), "fp8"),
     "model": (("--model", "nowhere/at/all"), "nowhere/at/all"),
