@@ -67,6 +67,7 @@ class Arm:
 
 
 SCORED = {"scores": "{work}/scores.safetensors"}
+N2, N5, N10 = ({**SCORED, "inversion_steps": n} for n in (2, 5, 10))
 # p = 1 for the image that the label prefers: the label instead of the reward
 LABELS = {"scores": "{work}/labels.safetensors", "reward_min": 0, "reward_max": 1, "gamma": 1}
 # two inversions that were the tiny preset's before: see searches.md
@@ -81,37 +82,37 @@ ARMS = {
     "dpo": Arm("DPO", "dpo_baseline", DPO),
     "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
     "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO, {**SCORED, "inversion_steps": 0}),
-    "smpo": Arm("SmPO", "smpo", SMPO, SCORED),
-    "n2": Arm("SmPO, n = 2", "smpo", SMPO, {**SCORED, "inversion_steps": 2}),
+    "smpo": Arm("SmPO", "smpo", SMPO, N5),
+    "n2": Arm("SmPO, n = 2", "smpo", SMPO, N2),
     "smpo_end": Arm("SmPO, --ask end, n = 2", "smpo", SMPO, {**SCORED, **ASK_END}),
     "inversion": Arm("inversion alone, --ask end, n = 2", "smpo", SMPO, {**LABELS, **ASK_END}),
     "smpo_t": Arm("SmPO, --landing t, n = 7, t >= 300", "smpo", SMPO_T, LANDING_T),
-    "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, SCORED, library="0.20"),
-    "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, SCORED, library="0.22"),
+    "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, N5, library="0.20"),
+    "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, N5, library="0.22"),
     "dro": Arm("DRO, M = 1 (its gate alone)", "dro", DRO, EXPERTS),
     "dro_m2": Arm("DRO, M = 2", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 2}),
     "dro_m8": Arm("DRO, M = 8", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 8}),
-    "n10": Arm("SmPO, n = 10", "smpo", [], {**SCORED, "inversion_steps": 10}, 3, of="smpo"),
-    "no_renoise": Arm("SmPO, no ReNoise", "smpo", [], {**SCORED, "renoise": 0}, 3, of="smpo"),
+    "n10": Arm("SmPO, n = 10", "smpo", [], N10, 3, of="smpo"),
+    "no_renoise": Arm("SmPO, no ReNoise", "smpo", [], {**N5, "renoise": 0}, 3, of="smpo"),
     "no_renoise_end": Arm("SmPO, --ask end, n = 2, no ReNoise", "smpo", [],
                           {**SCORED, **ASK_END, "renoise": 0}, 3, of="smpo_end"),
     "no_renoise_t": Arm("SmPO, --landing t, no ReNoise", "smpo", [],
                         {**LANDING_T, "renoise": 0}, 3, of="smpo_t"),
-    "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**SCORED, "gamma": 3}, 3, of="smpo"),
-    "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**SCORED, "gamma": 30}, 3, of="smpo"),
+    "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**N5, "gamma": 3}, 3, of="smpo"),
+    "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**N5, "gamma": 30}, 3, of="smpo"),
     "dpo_mean": Arm("DPO, best mean", "dpo_baseline", [], of="dpo", by="mean"),
     "dpo_reward_mean": Arm("DPO, labels by the reward, best mean", "dpo_baseline", [], SCORED,
                            of="dpo_reward", by="mean"),
     "smoothing_mean": Arm("smoothing alone, best mean", "smpo", [], {**SCORED, "inversion_steps": 0},
                           of="smoothing", by="mean"),
-    "smpo_mean": Arm("SmPO, best mean", "smpo", [], SCORED, of="smpo", by="mean"),
-    "n2_mean": Arm("SmPO, n = 2, best mean", "smpo", [], {**SCORED, "inversion_steps": 2},
+    "smpo_mean": Arm("SmPO, best mean", "smpo", [], N5, of="smpo", by="mean"),
+    "n2_mean": Arm("SmPO, n = 2, best mean", "smpo", [], N2,
                    of="n2", by="mean"),
-    "smpo_020_mean": Arm("SmPO, released loop (0.20), best mean", "smpo", [], SCORED, library="0.20",
+    "smpo_020_mean": Arm("SmPO, released loop (0.20), best mean", "smpo", [], N5, 3, library="0.20",
                          of="smpo_020", by="mean"),
-    "sft_experts_mean": Arm("SFT on the experts, best mean", "dpo_baseline", [], {"sft": 1, **EXPERTS},
+    "sft_experts_mean": Arm("SFT on the experts, best mean", "dpo_baseline", [], {"sft": 1, **EXPERTS}, 3,
                             of="sft_experts", by="mean"),
-    "dro_mean": Arm("DRO, M = 1, best mean", "dro", [], EXPERTS, of="dro", by="mean"),
+    "dro_mean": Arm("DRO, M = 1, best mean", "dro", [], EXPERTS, 3, of="dro", by="mean"),
     "dpo_60": Arm("DPO, 60 % of the labels right", "dpo_baseline", [],
                   {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
     "dpo_90": Arm("DPO, 90 % of the labels right", "dpo_baseline", [],
@@ -413,9 +414,7 @@ def tables(chart_file):
         cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
         exact, learned = map(evaluation.percents, row)
         mean = "{:.3f} to {:.3f}".format(*means)
-        lines.append(
-            f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |"
-        )
+        lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
     lines += ["", "| claim | win rate, first over second | difference of the mean scores | seeds |"]
     lines.append("|---" * 4 + "|")
     for name, against, claim in CLAIMS:
