@@ -188,11 +188,12 @@ def tiny(name):
 
 def parse(Config, presets, argv=None):
     """The command line -> a Config: the preset's values over the defaults, explicit flags over both. An
-    unknown flag is argparse's error (exit code 2)."""
+    unknown flag is argparse's error (exit code 2). --help shows the preset's values."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(Config, allow_abbrev=False)
-    preset = parser.parse_known_args(argv)[0].preset
+    argv = sys.argv[1:] if argv is None else argv
+    preset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].preset
     if preset not in presets:
         raise InputError(f"--preset {preset} is not one of {', '.join(presets)}")
     parser.set_defaults(**presets[preset])

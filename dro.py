@@ -48,8 +48,9 @@ def dro_loss(err, ref_err, margin):
     """Diffusion-DRO, arXiv 2510.18353 Eq. 15, as relu(gap + m): the paper's max(-m, gap) + m. err, ref_err
     (2B,): denoising errors of the trained and the frozen UNet, experts first, then policy samples. Returns
     losses (B,) and the detached gap (B,), below -margin where there is nothing left to learn."""
-    expert, policy = (err - ref_err).chunk(2)  # falls as the trained UNet outdoes the reference on an image
-    gap = expert - policy
+    log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
+    expert, policy = log_ratio.chunk(2)
+    gap = policy - expert
     losses = F.relu(gap + margin)  # margin > 0: at the start every gap is 0, and a hinge at 0 never moves
     return losses, gap.detach()
 
@@ -135,9 +136,9 @@ def top_experts(scores, k):
 
 @dataclass
 class Config(common.RewardConfig):
-    margin: float = flag(0.001, "how far below a policy sample's log-ratio an expert's should fall", ">0")
+    margin: float = flag(0.001, "how far an expert's log-ratio should exceed the policy sample's", ">0")
     rollout_steps: int = flag(20, "DPM-Solver++ steps of a whole trajectory; half are taken on average", ">0")
-    refresh_every: int = flag(1, "updates between copies of the trained UNet to the policy; 1: is it", ">0")
+    refresh_every: int = flag(1, "M: updates between copies of the UNet to the policy; above 1 lower --lr", ">0")
     buffer: int = flag(0, "policy samples to keep and draw from, over all GPUs; 0 uses each once", ">=0")
     experts: int = flag(500, "best images of a pair set to learn from; a set of images is taken whole", ">0")
 

@@ -3,6 +3,7 @@ resume and a second process change nothing, and that bad input costs one line.""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -418,6 +419,18 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(short, monkeypat
         short("dpo", "run", "--save_every", "1")
     out = short("dpo", "run", "--save_every", "1", "--resume", "--steps", "2")  # goes on from step 1
     assert all(value.isfinite().all() for value in weights(out).values())
+
+
+@pytest.mark.parametrize("preset", ["tiny", "sd15"])
+def test_help_shows_the_presets_own_values(preset, capsys):
+    with pytest.raises(SystemExit) as done:
+        smpo.main(["--preset", preset, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    shown = re.findall(r" --(\w+) (?:(?! --).)*\(default: ([^)]*)\)", text)
+    shown = dict(reversed(shown))  # a flag's own line comes before others speak of it
+    assert done.value.code == 0
+    for name in ("lr", "batch", "beta", "resolution", "out"):
+        assert shown[name] == str(smpo.PRESETS[preset][name])
 
 
 def test_exit_code_and_no_traceback_from_the_shell():
