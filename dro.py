@@ -138,7 +138,7 @@ def top_experts(scores, k):
 class Config(common.RewardConfig):
     margin: float = flag(0.001, "how far an expert's log-ratio should exceed the policy sample's", ">0")
     rollout_steps: int = flag(20, "DPM-Solver++ steps of a whole trajectory; half are taken on average", ">0")
-    refresh_every: int = flag(1, "M: updates between copies of the UNet to the policy; above 1 lower --lr", ">0")
+    refresh_every: int = flag(1, "M: updates between copies of the UNet to the policy; >1: lower --lr", ">0")
     buffer: int = flag(0, "policy samples to keep and draw from, over all GPUs; 0 uses each once", ">=0")
     experts: int = flag(500, "best images of a pair set to learn from; a set of images is taken whole", ">0")
 
