@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import common
 import dpo_baseline
 import dro
 import eval as evaluation
@@ -83,6 +84,28 @@ def test_the_two_commands_stand_on_the_first_screen():
     first = "\n".join(TEXT.splitlines()[:20])
     assert "pip install -r requirements.txt && torchrun smpo.py" in first
     assert "pip install -r requirements.txt && python -m pytest -q" in first
+
+
+def test_the_snippets_for_copying_run_as_pasted():
+    """At the reference DPO's loss is log 2, DRO's the margin; each rollout ends at its own t with the network's
+    answer there."""
+    part = TEXT.split("## Copying from here")[1].split("Variants are edits")[0]
+    around, inversion, samples = re.findall(r"```python\n(.*?)```", part, re.S)
+    c, t = torch.full((4, 4, 8, 8), 0.3, requires_grad=True), torch.tensor([3, 450, 999, 600])
+
+    def unet(x, t, hidden):
+        return types.SimpleNamespace(sample=c[: len(x)] * hidden[:, :1, None])
+
+    names = vars(smpo).copy() | vars(dro) | vars(common) | {
+        "dpo_loss": dpo_baseline.dpo_loss, "unet": unet, "ref": unet, "hidden": torch.ones(4, 2, 1), "t": t,
+        "x0": torch.randn(4, 4, 8, 8), "alpha_bar": torch.linspace(0.999, 0.01, 1000),
+    }  # fmt: skip
+    exec(inversion, names)
+    exec(around, names)
+    assert names["losses"].tolist() == pytest.approx([math.log(2)] * 2)
+    exec(samples, names)
+    assert names["losses"].tolist() == pytest.approx([0.001] * 2)
+    assert torch.equal(names["ep"], c) and torch.equal(names["_"], t)
 
 
 def variant(about):
