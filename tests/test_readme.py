@@ -87,8 +87,7 @@ def test_the_two_commands_stand_on_the_first_screen():
 
 
 def test_the_snippets_for_copying_run_as_pasted():
-    """At the reference DPO's loss is log 2, DRO's the margin; each rollout ends at its own t with the network's
-    answer there."""
+    """At the reference DPO's loss is log 2, DRO's the margin; each rollout ends at its own t."""
     part = TEXT.split("## Copying from here")[1].split("Variants are edits")[0]
     around, inversion, samples = re.findall(r"```python\n(.*?)```", part, re.S)
     c, t = torch.full((4, 4, 8, 8), 0.3, requires_grad=True), torch.tensor([3, 450, 999, 600])

@@ -44,6 +44,7 @@ def grid(*settings, **names):
 
 LR = grid((1e-5,), (3e-5,), (1e-4,), (3e-4,), lr=0)
 DPO = grid((1e-5, 500), (3e-5, 500), (3e-5, 2000), (1e-4, 1000), lr=0, beta=1)
+LONG = DPO[1:2]
 SMPO = grid((1e-5, 300), (1e-5, 1000), (2e-5, 300), (2e-5, 1000), lr=0, beta=1)
 SMPO_T = grid((1e-5, 5000), (2e-5, 2000), (2e-5, 5000), (2e-5, 15000), lr=0, beta=1)
 DRO = grid((3e-5, 0.01), (1e-4, 0.003), (1e-4, 0.01), (3e-4, 0.01), lr=0, margin=1)
@@ -101,8 +102,8 @@ ARMS = {
     "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**N5, "gamma": 3}, 3, of="smpo"),
     "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**N5, "gamma": 30}, 3, of="smpo"),
     "dpo_mean": Arm("DPO, best mean", "dpo_baseline", [], of="dpo", by="mean"),
-    "dpo_reward_mean": Arm("DPO, labels by the reward, best mean", "dpo_baseline", [], SCORED,
-                           of="dpo_reward", by="mean"),
+    "dpo_long": Arm("DPO, lr 3e-5 (its preset)", "dpo_baseline", LONG),
+    "dpo_reward_long": Arm("DPO, labels by the reward, lr 3e-5", "dpo_baseline", LONG, SCORED),
     "smoothing_mean": Arm("smoothing alone, best mean", "smpo", [], {**SCORED, "inversion_steps": 0},
                           of="smoothing", by="mean"),
     "smpo_mean": Arm("SmPO, best mean", "smpo", [], N5, of="smpo", by="mean"),
@@ -151,15 +152,18 @@ CLAIMS = [  # (arm, against, what would be claimed of it)
     ("dro_m2", "dro", "real negatives (M = 2) add to M = 1"),
     ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"), ("dro", "dpo", "DRO above DPO"),
     ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
+    ("smpo_mean", "dpo_long", "SmPO, best mean, above DPO, lr 3e-5"),
     ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
-    ("smpo_020_mean", "dpo_mean", "the released loop above DPO, best means"),
+    ("n2_mean", "dpo_long", "SmPO, n = 2, best mean, above DPO, lr 3e-5"),
+    ("n2_mean", "dpo_reward_long", "the same, DPO with the reward's labels"),
+    ("n2_mean", "smpo_mean", "n = 2 above n = 5, best means"),
+    ("smpo_020_mean", "dpo_long", "the released loop, best mean, above DPO, lr 3e-5"),
     ("smpo_mean", "smoothing_mean", "inversion adds to smoothing, best means"),
     ("n2_mean", "smoothing_mean", "inversion, n = 2, adds to smoothing, best means"),
-    ("smoothing_mean", "dpo_reward_mean", "smoothing adds to the reward's hard labels, best means"),
-    ("dpo_reward_mean", "dpo_mean", "the reward's labels beat people's, best means"),
-    ("n2_mean", "dpo_reward_mean", "SmPO, n = 2, above DPO with the reward's labels, best means"),
+    ("smoothing_mean", "dpo_reward_long", "smoothing adds to the reward's hard labels, lr 3e-5"),
+    ("dpo_reward_long", "dpo_long", "the reward's labels beat people's, lr 3e-5"),
     ("dro_mean", "sft_experts_mean", "DRO above SFT on its experts, best means"),
-    ("dro_mean", "dpo_mean", "DRO above DPO, best means"),
+    ("dro_mean", "dpo_long", "DRO, best mean, above DPO, lr 3e-5"),
 ]  # fmt: skip
 
 
