@@ -188,6 +188,8 @@ def choose_experts(cfg, place, scores, file):
             raise common.InputError(f"--scores {cfg.scores} was made from other rows than --data")
         Dataset.from_list([found[item] for item in best]).to_parquet(f"{file}.new")
         Path(f"{file}.new").replace(file)
+        low, high = min(best.values()), max(best.values())
+        print(f"{len(best)} experts, scored {low:.4g} to {high:.4g}: {file}", flush=True)
     common.barrier()
 
 

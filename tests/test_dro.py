@@ -160,7 +160,7 @@ def test_the_gradient_itself(rows, make_set, experts_run):
     assert norms(models.unet) < 1e-5 and norms(old) > 1e-2
 
 
-def test_experts_are_the_best_images_and_sft_reads_them(experts_run, rows, log_of, tmp_path):
+def test_experts_are_the_best_images_and_sft_reads_them(experts_run, rows, log_of, tmp_path, capsys):
     from datasets import load_dataset
 
     import dpo_baseline
@@ -175,6 +175,7 @@ def test_experts_are_the_best_images_and_sft_reads_them(experts_run, rows, log_o
             everything[text, row[name]] = score([image], [text]).item()
     best = sorted(everything.values(), reverse=True)[:12]
     assert chosen["score"] == pytest.approx(best, abs=1e-4)
+    assert f"12 experts, scored {best[-1]:.4g} to {best[0]:.4g}" in capsys.readouterr().out
     assert all(everything[r["caption"], r["image"]] == pytest.approx(r["score"], abs=1e-4) for r in chosen)
     dpo_baseline.main([
         "--sft", "--data", str(out / "experts.parquet"), "--steps", "1", "--batch", "4", "--micro_batch", "4",

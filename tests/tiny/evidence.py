@@ -128,43 +128,57 @@ ARMS = {
                          {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="dpo_reward"),
 }  # fmt: skip
 QUICK = ("sft_experts", "dpo", "smpo", "dro")
-CLAIMS = [  # (arm, against, what would be claimed of it)
-    ("smpo", "dpo", "SmPO above DPO"), ("smpo", "smoothing", "inversion adds to smoothing"),
-    ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
-    ("inversion", "dpo", "inversion adds to DPO"), ("dpo_reward", "dpo", "the reward's labels beat people's"),
-    ("smpo_end", "inversion", "the reward's smooth labels add to inversion"),
-    ("smpo", "smpo_end", "--ask start, n = 5, above --ask end, n = 2"),
-    ("n2", "smpo", "n = 2 above n = 5"), ("n2", "dpo", "SmPO, n = 2, above DPO"),
-    ("n2", "smoothing", "inversion, n = 2, adds to smoothing"),
-    ("smpo", "n10", "n = 5 above n = 10"), ("smpo_020", "smpo_022", "diffusers 0.20's loop above 0.22's"),
-    ("gamma3", "smpo", "gamma 3 above 10"), ("gamma30", "smpo", "gamma 30 above 10"),
-    ("smpo", "smpo_t", "--ask start, landing grid, above --ask end, landing t"),
-    ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
-    ("smpo_end", "no_renoise_end", "the same, --ask end"),
-    ("smpo_t", "no_renoise_t", "the same, --landing t"),
-    ("smpo_60", "dpo_60", "SmPO, --ask end, above DPO, 60 % of the labels right"),
-    ("smpo_60", "dpo_reward_60", "the same, DPO with that reward's labels"),
-    ("smpo_90", "dpo_90", "SmPO, --ask end, above DPO, 90 % of the labels right"),
-    ("smpo_90", "dpo_reward_90", "the same, DPO with that reward's labels"),
-    ("smpo", "smpo_020", "ours above the released loop"), ("smpo_020", "dpo", "the released loop above DPO"),
-    ("dro", "sft_experts", "DRO above SFT on its experts"),
-    ("dro", "sft_experts_lr", "DRO above SFT on its experts at the same lr"),
-    ("dro_m2", "dro", "real negatives (M = 2) add to M = 1"),
-    ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"), ("dro", "dpo", "DRO above DPO"),
-    ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
-    ("smpo_mean", "dpo_long", "SmPO, best mean, above DPO, lr 3e-5"),
-    ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
-    ("n2_mean", "dpo_long", "SmPO, n = 2, best mean, above DPO, lr 3e-5"),
-    ("n2_mean", "dpo_reward_long", "the same, DPO with the reward's labels"),
-    ("n2_mean", "smpo_mean", "n = 2 above n = 5, best means"),
-    ("smpo_020_mean", "dpo_long", "the released loop, best mean, above DPO, lr 3e-5"),
-    ("smpo_mean", "smoothing_mean", "inversion adds to smoothing, best means"),
-    ("n2_mean", "smoothing_mean", "inversion, n = 2, adds to smoothing, best means"),
-    ("smoothing_mean", "dpo_reward_long", "smoothing adds to the reward's hard labels, lr 3e-5"),
-    ("dpo_reward_long", "dpo_long", "the reward's labels beat people's, lr 3e-5"),
-    ("dro_mean", "sft_experts_mean", "DRO above SFT on its experts, best means"),
-    ("dro_mean", "dpo_long", "DRO, best mean, above DPO, lr 3e-5"),
-]  # fmt: skip
+CLAIMS = {  # (arm, against, what would be claimed of it)
+    "SmPO": [
+        ("smpo", "dpo", "SmPO above DPO"), ("n2", "dpo", "SmPO, n = 2, above DPO"),
+        ("smpo_020", "dpo", "the released loop above DPO"),
+        ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
+        ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
+        ("smpo_mean", "dpo_long", "SmPO, best mean, above DPO, lr 3e-5"),
+        ("n2_mean", "dpo_long", "SmPO, n = 2, best mean, above DPO, lr 3e-5"),
+        ("smpo_020_mean", "dpo_long", "the released loop, best mean, above DPO, lr 3e-5"),
+    ],
+    "its two parts": [
+        ("dpo_reward", "dpo", "the reward's labels beat people's"),
+        ("dpo_reward_long", "dpo_long", "the same, lr 3e-5"),
+        ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
+        ("smoothing_mean", "dpo_reward_long", "the same, lr 3e-5"),
+        ("smpo", "smoothing", "inversion adds to smoothing"),
+        ("smpo_mean", "smoothing_mean", "the same, best means"),
+        ("n2", "smoothing", "inversion, n = 2, adds to smoothing"),
+        ("n2_mean", "smoothing_mean", "the same, best means"),
+        ("n2", "dpo_reward", "SmPO, n = 2, above DPO with the reward's labels"),
+        ("n2_mean", "dpo_reward_long", "the same, best mean, lr 3e-5"),
+        ("inversion", "dpo", "inversion adds to DPO"),
+        ("smpo_end", "inversion", "the reward's smooth labels add to inversion"),
+    ],
+    "the inversion, and gamma": [
+        ("n2", "smpo", "n = 2 above n = 5"), ("n2_mean", "smpo_mean", "the same, best means"),
+        ("smpo", "n10", "n = 5 above n = 10"),
+        ("smpo", "smpo_end", "--ask start, n = 5, above --ask end, n = 2"),
+        ("smpo", "smpo_t", "--ask start, landing grid, above --ask end, landing t"),
+        ("smpo", "smpo_020", "ours above the released loop"),
+        ("smpo_020", "smpo_022", "diffusers 0.20's loop above 0.22's"),
+        ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
+        ("smpo_end", "no_renoise_end", "the same, --ask end"),
+        ("smpo_t", "no_renoise_t", "the same, --landing t"),
+        ("gamma3", "smpo", "gamma 3 above 10"), ("gamma30", "smpo", "gamma 30 above 10"),
+    ],
+    "noisy labels": [
+        ("smpo_60", "dpo_60", "SmPO, --ask end, above DPO, 60 % of the labels right"),
+        ("smpo_60", "dpo_reward_60", "the same, DPO with that reward's labels"),
+        ("smpo_90", "dpo_90", "SmPO, --ask end, above DPO, 90 % of the labels right"),
+        ("smpo_90", "dpo_reward_90", "the same, DPO with that reward's labels"),
+    ],
+    "DRO": [
+        ("dro", "sft_experts", "DRO above SFT on its experts"),
+        ("dro", "sft_experts_lr", "the same, at one lr"),
+        ("dro_mean", "sft_experts_mean", "the same, best means"),
+        ("dro_m2", "dro", "real negatives (M = 2) add to M = 1"),
+        ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"),
+        ("dro", "dpo", "DRO above DPO"), ("dro_mean", "dpo_long", "DRO, best mean, above DPO, lr 3e-5"),
+    ],
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ one job
@@ -421,16 +435,18 @@ def tables(chart_file):
         lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
     lines += ["", "| claim | win rate, first over second | difference of the mean scores | seeds |"]
     lines.append("|---" * 4 + "|")
-    for name, against, claim in CLAIMS:
-        if not load(name)["test"] or not load(against)["test"]:
-            lines.append(f"| {claim} | not run | | |")
-            continue
-        (ours, theirs), seeds = tables_of(name, "gold_score", against)
-        win, more = over_seeds(ours, theirs), (ours - theirs).mean(2)
-        low, high = interval(more)
-        wins = f"{evaluation.percents(win)}: {told(win['low'], win['high'], 0.5)}"
-        means = f"{more.mean():+.4f} ({low:+.4f} to {high:+.4f}): {told(low, high, 0)}"
-        lines.append(f"| {claim} | {wins} | {means} | {len(seeds)} |")
+    for group, claims in CLAIMS.items():
+        lines.append(f"| **{group}** | | | |")
+        for name, against, claim in claims:
+            if not load(name)["test"] or not load(against)["test"]:
+                lines.append(f"| {claim} | not run | | |")
+                continue
+            (ours, theirs), seeds = tables_of(name, "gold_score", against)
+            win, more = over_seeds(ours, theirs), (ours - theirs).mean(2)
+            low, high = interval(more)
+            wins = f"{evaluation.percents(win)}: {told(win['low'], win['high'], 0.5)}"
+            means = f"{more.mean():+.4f} ({low:+.4f} to {high:+.4f}): {told(low, high, 0)}"
+            lines.append(f"| {claim} | {wins} | {means} | {len(seeds)} |")
     lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
