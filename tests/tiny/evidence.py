@@ -133,38 +133,38 @@ CLAIMS = {  # (arm, against, what would be claimed of it)
         ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
         ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
         ("smpo_mean", "dpo_long", "SmPO, best mean, above DPO, lr 3e-5"),
-        ("n2_mean", "dpo_long", "SmPO, n = 2, best mean, above DPO, lr 3e-5"),
+        ("n2_mean", "dpo_long", "the same, n = 2"),
     ],
     "its two parts": [
         ("dpo_reward", "dpo", "the reward's labels beat people's"),
         ("dpo_reward_long", "dpo_long", "the same, lr 3e-5"),
-        ("smoothing", "dpo_reward", "smoothing adds to the reward's hard labels"),
+        ("smoothing", "dpo_reward", "smoothing adds to these hard labels"),
         ("smoothing_mean", "dpo_reward_long", "the same, lr 3e-5"),
         ("smpo", "smoothing", "inversion adds to smoothing"),
         ("smpo_mean", "smoothing_mean", "the same, best means"),
         ("n2", "smoothing", "inversion, n = 2, adds to smoothing"),
         ("n2_mean", "smoothing_mean", "the same, best means"),
-        ("n2", "dpo_reward", "SmPO, n = 2, above DPO with the reward's labels"),
+        ("n2", "dpo_reward", "n = 2 above DPO, reward's labels"),
         ("n2_mean", "dpo_reward_long", "the same, best mean, lr 3e-5"),
         ("inversion", "dpo", "inversion adds to DPO"),
-        ("smpo_end", "inversion", "the reward's smooth labels add to inversion"),
+        ("smpo_end", "inversion", "smooth labels add to inversion"),
     ],
     "the inversion, and gamma": [
         ("n2", "smpo", "n = 2 above n = 5"), ("n2_mean", "smpo_mean", "the same, best means"),
         ("smpo", "n10", "n = 5 above n = 10"),
-        ("smpo", "smpo_end", "--ask start, n = 5, above --ask end, n = 2"),
-        ("smpo", "smpo_t", "--ask start, landing grid, above --ask end, landing t"),
+        ("smpo", "smpo_end", "--ask start, n = 5, above end, n = 2"),
+        ("smpo", "smpo_t", "start, grid, above end, landing t"),
         ("smpo", "smpo_020", "ours above the released loop"),
-        ("smpo_020", "smpo_022", "diffusers 0.20's loop above 0.22's"),
+        ("smpo_020", "smpo_022", "released loop: 0.20 above 0.22"),
         ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
         ("smpo_end", "no_renoise_end", "the same, --ask end"),
         ("smpo_t", "no_renoise_t", "the same, --landing t"),
         ("gamma3", "smpo", "gamma 3 above 10"), ("gamma30", "smpo", "gamma 30 above 10"),
     ],
     "noisy labels": [
-        ("smpo_60", "dpo_60", "SmPO, --ask end, above DPO, 60 % of the labels right"),
+        ("smpo_60", "dpo_60", "60 % right: SmPO, end, above DPO"),
         ("smpo_60", "dpo_reward_60", "the same, DPO with that reward's labels"),
-        ("smpo_90", "dpo_90", "SmPO, --ask end, above DPO, 90 % of the labels right"),
+        ("smpo_90", "dpo_90", "90 % right: SmPO, end, above DPO"),
         ("smpo_90", "dpo_reward_90", "the same, DPO with that reward's labels"),
     ],
     "DRO": [
@@ -421,8 +421,7 @@ def tables(chart_file):
             (ours, start), seeds = tables_of(name, judge)
             row.append(over_seeds(ours, start))
             if judge == "gold_score":
-                means, row_chart = (start.mean(), ours.mean()), row[0]
-        chart.append((arm.title, row_chart))
+                means = start.mean(), ours.mean()
         setting = spelled(results[0]["setting"]) + ("" if len(arm.settings) > 1 else " (given)")
         calls = [r["unet_calls"] for r in results]
         seconds = [r["cpu_seconds"] for r in results if r["cpu_seconds"] is not None]
@@ -440,6 +439,7 @@ def tables(chart_file):
                 continue
             (ours, theirs), seeds = tables_of(name, "gold_score", against)
             win, more = over_seeds(ours, theirs), (ours - theirs).mean(2)
+            chart.append((claim, win))
             low, high = interval(more)
             wins = f"{evaluation.percents(win)}: {told(win['low'], win['high'], 0.5)}"
             means = f"{more.mean():+.4f} ({low:+.4f} to {high:+.4f}): {told(low, high, 0)}"
@@ -447,7 +447,7 @@ def tables(chart_file):
     lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
-        lines += ["", f"![win rates over the start model]({os.path.relpath(chart_file, ROOT)})"]
+        lines += ["", f"![the same win rates as a chart]({os.path.relpath(chart_file, ROOT)})"]
     return "\n".join(lines) + "\n"
 
 
