@@ -402,18 +402,19 @@ def told(low, high, tie):
 
 
 def tables(chart_file):
-    """All results as Markdown, and the chart."""
+    """All results as Markdown, the long tables folded, and the chart."""
     import eval as evaluation
 
-    lines, chart, commits = [], [], set()
-    lines.append(
+    lines, chart, commits = ["<details><summary>The comparisons in numbers</summary>", ""], [], set()
+    arms = ["</details>", "", "<details><summary>Every arm against the start model</summary>", ""]
+    arms.append(
         "| arm | setting of 4 | seeds | exact judge | its mean | learned reward | UNet calls | CPU min |"
     )
-    lines.append("|---" * 8 + "|")
+    arms.append("|---" * 8 + "|")
     for name, arm in ARMS.items():
         results = load(name)["test"]
         if not results:
-            lines.append(f"| {arm.title} | | not run | | | | | |")
+            arms.append(f"| {arm.title} | | not run | | | | | |")
             continue
         commits |= {r["commit"] for r in results}
         row = []
@@ -422,14 +423,15 @@ def tables(chart_file):
             row.append(over_seeds(ours, start))
             if judge == "gold_score":
                 means = start.mean(), ours.mean()
-        setting = spelled(results[0]["setting"]) + ("" if len(arm.settings) > 1 else " (given)")
+        chosen = len(arm.settings) > 1 or arm.by == "mean"
+        setting = spelled(results[0]["setting"]) + ("" if chosen else " (given)")
         calls = [r["unet_calls"] for r in results]
         seconds = [r["cpu_seconds"] for r in results if r["cpu_seconds"] is not None]
         cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
         exact, learned = map(evaluation.percents, row)
         mean = "{:.3f} to {:.3f}".format(*means)
-        lines.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
-    lines += ["", "| claim | win rate, first over second | difference of the mean scores | seeds |"]
+        arms.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
+    lines.append("| claim | win rate, first over second | difference of the mean scores | seeds |")
     lines.append("|---" * 4 + "|")
     for group, claims in CLAIMS.items():
         lines.append(f"| **{group}** | | | |")
@@ -444,11 +446,11 @@ def tables(chart_file):
             wins = f"{evaluation.percents(win)}: {told(win['low'], win['high'], 0.5)}"
             means = f"{more.mean():+.4f} ({low:+.4f} to {high:+.4f}): {told(low, high, 0)}"
             lines.append(f"| {claim} | {wins} | {means} | {len(seeds)} |")
-    lines += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
+    arms += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}.", "", "</details>"]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
-        lines += ["", f"![the same win rates as a chart]({os.path.relpath(chart_file, ROOT)})"]
-    return "\n".join(lines) + "\n"
+        lines = [f"![how often one arm wins over another]({os.path.relpath(chart_file, ROOT)})", "", *lines]
+    return "\n".join([*lines, "", *arms]) + "\n"
 
 
 def searches():
