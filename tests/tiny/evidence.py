@@ -8,8 +8,9 @@ judged and written into the README.
 
 The protocol is the same for every arm: 100 steps of 32 rows, averaged weights, and a search over four
 settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images; all of
-them stand in searches.md); the one that wins most often against the start model under the exact judge is
-trained with the seeds 0, 1, ... and judged on the test captions (128 x 2), which nothing was chosen on. Image
+them stand in searches.md); the one that wins most often against the start model under the exact judge (in the
+arms "best mean" the one with the best mean score) is trained with the seeds 0, 1, ... and judged on the test
+captions (128 x 2), which nothing was chosen on. Image
 j of caption i starts from the same noise for every model of a seed. An arm's results are one file of
 tests/tiny/evidence/; a job that is in it is not done again, so this can be stopped at any time.
 """
@@ -130,6 +131,8 @@ CLAIMS = {  # (arm, against, what would be claimed of it)
     "SmPO": [
         ("smpo", "dpo", "SmPO above DPO"), ("n2", "dpo", "SmPO, n = 2, above DPO"),
         ("smpo_020", "dpo", "the released loop above DPO"),
+        ("smpo_t", "dpo", "SmPO, end, landing t, above DPO"),
+        ("dpo_long", "dpo", "DPO, lr 3e-5, above DPO"),
         ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
         ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
         ("smpo_mean", "dpo_long", "SmPO, best mean, above DPO, lr 3e-5"),
@@ -144,6 +147,8 @@ CLAIMS = {  # (arm, against, what would be claimed of it)
         ("smpo_mean", "smoothing_mean", "the same, best means"),
         ("n2", "smoothing", "inversion, n = 2, adds to smoothing"),
         ("n2_mean", "smoothing_mean", "the same, best means"),
+        ("smpo", "dpo_reward", "SmPO above DPO, reward's labels"),
+        ("smpo_mean", "dpo_reward_long", "the same, best mean, lr 3e-5"),
         ("n2", "dpo_reward", "n = 2 above DPO, reward's labels"),
         ("n2_mean", "dpo_reward_long", "the same, best mean, lr 3e-5"),
         ("inversion", "dpo", "inversion adds to DPO"),
@@ -162,6 +167,8 @@ CLAIMS = {  # (arm, against, what would be claimed of it)
         ("gamma3", "smpo", "gamma 3 above 10"), ("gamma30", "smpo", "gamma 30 above 10"),
     ],
     "noisy labels": [
+        ("dpo_reward_60", "dpo_60", "60 % right: reward's labels above"),
+        ("dpo_reward_90", "dpo_90", "90 % right: reward's labels above"),
         ("smpo_60", "dpo_60", "60 % right: SmPO, end, above DPO"),
         ("smpo_60", "dpo_reward_60", "the same, DPO with that reward's labels"),
         ("smpo_90", "dpo_90", "90 % right: SmPO, end, above DPO"),
@@ -173,7 +180,10 @@ CLAIMS = {  # (arm, against, what would be claimed of it)
         ("dro_mean", "sft_experts_mean", "the same, best means"),
         ("dro_m2", "dro", "real negatives (M = 2) add to M = 1"),
         ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"),
-        ("dro", "dpo", "DRO above DPO"), ("dro_mean", "dpo_long", "DRO, best mean, above DPO, lr 3e-5"),
+        ("dro", "dpo", "DRO above DPO"), ("dro", "dpo_long", "the same, both lr 3e-5"),
+        ("sft_experts_lr", "dpo", "SFT on the experts above DPO"),
+        ("sft_experts_lr", "dpo_long", "the same, both lr 3e-5"),
+        ("dro_mean", "dpo_long", "DRO, best mean, above DPO, lr 3e-5"),
     ],
 }  # fmt: skip
 
