@@ -54,6 +54,17 @@ def test_arms_are_compared_on_the_seeds_they_share(results, tmp_path):
     assert "| DRO, M = 8 | | not run |" in text and (tmp_path / "chart.png").exists()
 
 
+def test_the_check_on_other_captions_is_what_the_readme_says():
+    scores = json.loads((evidence.RESULTS / "validation.json").read_text())["scores"]
+    found = {name: np.array(table) for name, table in scores.items()}
+    text = " ".join((evidence.ROOT / "README.md").read_text().split())
+    for ours, theirs in (("n2", "dpo"), ("n2_mean", "dpo_long"), ("smpo_mean", "dpo_long")):
+        assert found[ours].shape == (5, 64, 5)
+        over = evidence.over_seeds(found[ours], found[theirs])
+        said = "{win:.1%} ({low:.1%} to {high:.1%})".format(**over).replace("%", " %")
+        assert said in text, said
+
+
 def test_the_interval_knows_that_seeds_differ():
     """Seeds that disagree wholly: between 0 and 1 whatever the number of prompts. Seeds that agree: as narrow
     as that number allows, the binomial interval."""

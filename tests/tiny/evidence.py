@@ -8,11 +8,11 @@ judged and written into the README.
 
 The protocol is the same for every arm: 100 steps of 32 rows, averaged weights, and a search over four
 settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images; all of
-them stand in searches.md); the one that wins most often against the start model under the exact judge (in the
-arms "best mean" the one with the best mean score) is trained with the seeds 0, 1, ... and judged on the test
-captions (128 x 2), which nothing was chosen on. Image
-j of caption i starts from the same noise for every model of a seed. An arm's results are one file of
-tests/tiny/evidence/; a job that is in it is not done again, so this can be stopped at any time.
+them stand in searches.md); the one that wins most often against the start model under the exact judge (in
+the arms "best mean" the one with the best mean score) is trained with the seeds 0, 1, ... and judged on the
+test captions (128 x 2). Image j of caption i starts from the same noise for every model of a seed. An arm's
+results are one file of tests/tiny/evidence/; a job that is in it is not done again, so this can be stopped
+at any time.
 """
 
 import argparse
