@@ -458,6 +458,10 @@ def first_line(error):
     return str(error).strip().split("\n")[0][:200]
 
 
+def named(error):
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 # ------------------------------------------------------------------------------------------------------ data
 PART = 256  # raw rows a file, where a whole set is gone through
 PAIR, SINGLE = ("jpg_0", "jpg_1"), ("image",)  # the image columns of a set of pairs, and of a set of images
@@ -1021,8 +1025,8 @@ class Run:
             try:
                 self.load()
             except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-                kind, where = type(error).__name__, f"{self.out / 'checkpoint'} cannot be read"
-                raise InputError(f"{where} ({kind}: {first_line(error)}): --overwrite starts over") from error
+                where = f"{self.out / 'checkpoint'} cannot be read"
+                raise InputError(f"{where} ({named(error)}): --overwrite starts over") from error
         if cfg.checkpointing:
             models.unet.enable_gradient_checkpointing()
         self.unet = self.bare = torch.compile(models.unet) if cfg.compile else models.unet

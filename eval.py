@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import DTYPES, TINY, InputError, first_line, flag
+from common import DTYPES, TINY, InputError, first_line, flag, named
 
 
 def win_rate(a, b, seed=0):
@@ -304,8 +304,7 @@ def load_scorer(name, path=None, device=None, dtype=None):
         try:
             spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         except Exception as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"judge {name} raises {what}") from error
+            raise InputError(f"judge {name} raises {named(error)}") from error
         if not callable(compute := getattr(module, function, None)):
             raise InputError(f"judge {name}: {file} has no function {function}")
     elif name in SCORERS:
@@ -326,8 +325,7 @@ def load_scorer(name, path=None, device=None, dtype=None):
             try:
                 found = torch.as_tensor(compute(some, list(prompts[i : i + batch])))
             except Exception as error:  # a judge's own, or a full GPU
-                what = f"{type(error).__name__}: {first_line(error)}"
-                raise InputError(f"scorer {name} raises {what}") from error
+                raise InputError(f"scorer {name} raises {named(error)}") from error
             values.append(found.float().cpu().flatten())
         values, wanted = torch.cat(values), len(images)
         if not wanted == len(prompts) == len(values) or not values.isfinite().all():

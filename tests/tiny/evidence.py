@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def grid(*settings, **names):
 
 LR = grid((1e-5,), (3e-5,), (1e-4,), (3e-4,), lr=0)
 DPO = grid((1e-5, 500), (3e-5, 500), (3e-5, 2000), (1e-4, 1000), lr=0, beta=1)
-LONG = DPO[1:2]
+LONG = DPO[1:2]  # the preset's
 SMPO = grid((1e-5, 300), (1e-5, 1000), (2e-5, 300), (2e-5, 1000), lr=0, beta=1)
 SMPO_T = grid((1e-5, 5000), (2e-5, 2000), (2e-5, 5000), (2e-5, 15000), lr=0, beta=1)
 DRO = grid((3e-5, 0.01), (1e-4, 0.003), (1e-4, 0.01), (3e-4, 0.01), lr=0, margin=1)
@@ -69,7 +69,7 @@ class Arm:
 
 
 SCORED = {"scores": "{work}/scores.safetensors"}
-N2, N5, N10 = ({**SCORED, "inversion_steps": n} for n in (2, 5, 10))
+N0, N2, N5, N10 = ({**SCORED, "inversion_steps": n} for n in (0, 2, 5, 10))
 # p = 1 for the image that the label prefers: the label instead of the reward
 LABELS = {"scores": "{work}/labels.safetensors", "reward_min": 0, "reward_max": 1, "gamma": 1}
 # two inversions that were the tiny preset's before: see searches.md
@@ -83,7 +83,7 @@ ARMS = {
                           {"sft": 1, **EXPERTS}),
     "dpo": Arm("DPO", "dpo_baseline", DPO),
     "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
-    "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO, {**SCORED, "inversion_steps": 0}),
+    "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO, N0),
     "smpo": Arm("SmPO", "smpo", SMPO, N5),
     "n2": Arm("SmPO, n = 2", "smpo", SMPO, N2),
     "smpo_end": Arm("SmPO, --ask end, n = 2", "smpo", SMPO, {**SCORED, **ASK_END}),
@@ -102,17 +102,8 @@ ARMS = {
                         {**LANDING_T, "renoise": 0}, 3, of="smpo_t"),
     "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**N5, "gamma": 3}, 3, of="smpo"),
     "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**N5, "gamma": 30}, 3, of="smpo"),
-    "dpo_mean": Arm("DPO, best mean", "dpo_baseline", [], of="dpo", by="mean"),
     "dpo_long": Arm("DPO, lr 3e-5 (its preset)", "dpo_baseline", LONG),
     "dpo_reward_long": Arm("DPO, labels by the reward, lr 3e-5", "dpo_baseline", LONG, SCORED),
-    "smoothing_mean": Arm("smoothing alone, best mean", "smpo", [], {**SCORED, "inversion_steps": 0},
-                          of="smoothing", by="mean"),
-    "smpo_mean": Arm("SmPO, best mean", "smpo", [], N5, of="smpo", by="mean"),
-    "n2_mean": Arm("SmPO, n = 2, best mean", "smpo", [], N2,
-                   of="n2", by="mean"),
-    "sft_experts_mean": Arm("SFT on the experts, best mean", "dpo_baseline", [], {"sft": 1, **EXPERTS}, 3,
-                            of="sft_experts", by="mean"),
-    "dro_mean": Arm("DRO, M = 1, best mean", "dro", [], EXPERTS, 3, of="dro", by="mean"),
     "dpo_60": Arm("DPO, 60 % of the labels right", "dpo_baseline", [],
                   {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
     "dpo_90": Arm("DPO, 90 % of the labels right", "dpo_baseline", [],
@@ -126,6 +117,10 @@ ARMS = {
     "dpo_reward_90": Arm("DPO, labels by the reward of 90 %", "dpo_baseline", [],
                          {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="dpo_reward"),
 }  # fmt: skip
+# the best mean scores of these arms' searches, with so many seeds
+for name, seeds in {"dpo": 5, "smoothing": 5, "smpo": 5, "n2": 5, "sft_experts": 3, "dro": 3}.items():
+    title = ARMS[name].title.partition(" (")[0] + ", best mean"
+    ARMS[f"{name}_mean"] = replace(ARMS[name], title=title, settings=[], seeds=seeds, of=name, by="mean")
 QUICK = ("sft_experts", "dpo", "smpo", "dro")
 CLAIMS = {  # (arm, against, what would be claimed of it)
     "SmPO": [
@@ -411,56 +406,87 @@ def told(low, high, tie):
     return "holds" if low > tie else "the opposite" if high < tie else "not told apart"
 
 
-def tables(chart_file):
-    """All results as Markdown, the long tables folded, and the chart."""
+def folded(title, columns, rows):
+    """A Markdown table that unfolds."""
+    head = [
+        f"<details><summary>{title}</summary>",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    return [*head, *rows, "", "</details>"]
+
+
+def arms():
+    """Every arm against the start model, as the rows of a table."""
     import eval as evaluation
 
-    lines, chart, commits = ["<details><summary>The comparisons in numbers</summary>", ""], [], set()
-    arms = ["</details>", "", "<details><summary>Every arm against the start model</summary>", ""]
-    arms.append(
-        "| arm | setting of 4 | seeds | exact judge | its mean | learned reward | UNet calls | CPU min |"
-    )
-    arms.append("|---" * 8 + "|")
+    rows, commits = [], set()
     for name, arm in ARMS.items():
         results = load(name)["test"]
         if not results:
-            arms.append(f"| {arm.title} | | not run | | | | | |")
+            rows.append(f"| {arm.title} | | not run | | | | | |")
             continue
         commits |= {r["commit"] for r in results}
-        row = []
+        wins = []
         for judge in JUDGES:
             (ours, start), seeds = tables_of(name, judge)
-            row.append(over_seeds(ours, start))
+            wins.append(over_seeds(ours, start))
             if judge == "gold_score":
-                means = start.mean(), ours.mean()
+                mean = f"{start.mean():.3f} to {ours.mean():.3f}"
         chosen = len(arm.settings) > 1 or arm.by == "mean"
         setting = spelled(results[0]["setting"]) + ("" if chosen else " (given)")
         calls = [r["unet_calls"] for r in results]
         seconds = [r["cpu_seconds"] for r in results if r["cpu_seconds"] is not None]
         cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
-        exact, learned = map(evaluation.percents, row)
-        mean = "{:.3f} to {:.3f}".format(*means)
-        arms.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
-    lines.append("| claim | win rate, first over second | difference of the mean scores | seeds |")
-    lines.append("|---" * 4 + "|")
+        exact, learned = map(evaluation.percents, wins)
+        rows.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
+    return [*rows, "", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
+
+
+def comparisons():
+    """The claims, as the rows of a table, and as (claim, win rate) for the chart."""
+    import eval as evaluation
+
+    rows, chart = [], []
     for group, claims in CLAIMS.items():
-        lines.append(f"| **{group}** | | | |")
+        rows.append(f"| **{group}** | | | |")
         for name, against, claim in claims:
-            if not load(name)["test"] or not load(against)["test"]:
-                lines.append(f"| {claim} | not run | | |")
-                continue
             (ours, theirs), seeds = tables_of(name, "gold_score", against)
+            if not seeds:
+                rows.append(f"| {claim} | not run | | |")
+                continue
             win, more = over_seeds(ours, theirs), (ours - theirs).mean(2)
             chart.append((claim, win))
             low, high = interval(more)
             wins = f"{evaluation.percents(win)}: {told(win['low'], win['high'], 0.5)}"
             means = f"{more.mean():+.4f} ({low:+.4f} to {high:+.4f}): {told(low, high, 0)}"
-            lines.append(f"| {claim} | {wins} | {means} | {len(seeds)} |")
-    arms += ["", f"Commits: {', '.join(sorted(commits)) or 'none'}.", "", "</details>"]
+            rows.append(f"| {claim} | {wins} | {means} | {len(seeds)} |")
+    return rows, chart
+
+
+def tables(chart_file):
+    """All results as Markdown, the long tables folded, and the chart."""
+    import eval as evaluation
+
+    rows, chart = comparisons()
+    columns = ("claim", "win rate, first over second", "difference of the mean scores", "seeds")
+    lines = folded("The comparisons in numbers", columns, rows)
+    columns = (
+        "arm",
+        "setting of 4",
+        "seeds",
+        "exact judge",
+        "its mean",
+        "learned reward",
+        "UNet calls",
+        "CPU min",
+    )
+    lines += ["", *folded("Every arm against the start model", columns, arms())]
     if chart:
         evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
         lines = [f"![how often one arm wins over another]({os.path.relpath(chart_file, ROOT)})", "", *lines]
-    return "\n".join([*lines, "", *arms]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def searches():
