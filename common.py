@@ -1,223 +1,356 @@
-"""What is true of fine-tuning any latent diffusion model, and nothing of a particular method: noise and
-ReNoise inversion, models, data, and training that can be trusted. It speaks of images 0 and 1 of a row; who
-wins is the method file's business.
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What is true of fine-tuning any latent diffusion model, and nothing of a particular method.
 
-    notation   x0 clean latent | xt noised latent | eps noise | alpha_bar (T,) cumulative product of 1 - beta
-               N images, B rows of a micro-batch; tensors (N, C, h, w), all images 0, then all images 1
+1. noise and ReNoise inversion   the mathematics that the methods share
+2. command line                  options, presets, errors that cost one line
+3. distributed                   torchrun's processes, random draws that do not depend on them
+4. files                         written whole or not at all
+5. models                        one strict loader; the UNet's prediction in its own target
+6. data                          rows, images, and the cache of latents and caption embeddings
+7. training                      the output folder, the trainer, checkpoints
+
+notation   x0 clean latent | xt noised latent | eps noise | t timestep
+           alpha_bar (T,) cumulative product of 1 - beta | ab its value at some timestep
+           N images, B rows of a micro-batch; tensors (N, C, h, w), first images 0, then images 1
 """
 
+import os
+from pathlib import Path
+import signal
+import sys
+
+SCRIPTS = ("smpo.py", "dro.py", "dpo_baseline.py", "eval.py")
+if Path(sys.argv[0]).name in SCRIPTS:
+    # One of our scripts is starting, and the imports below take seconds. Ctrl-C during them should
+    # end the process quietly, not with a traceback from the middle of a library.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, lambda number, frame: os._exit(130))
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 import copy
 import dataclasses
-import glob
-import hashlib
-import io
-import json
-import math
-import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
-from pathlib import Path
-from typing import Literal
-
 import fsspec
+import hashlib
+import importlib
+import io
+from itertools import pairwise
+import json
+import math
 import numpy as np
+from PIL import Image, ImageOps
+import pyarrow.parquet as pq
+import re
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+import shutil
+import subprocess
+import time
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from typing import Literal
+import uuid
+import warnings
+import zlib
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither: no lock on the output folder, no peak memory in the log
+    fcntl = resource = None
 
 TINY = Path(__file__).parent / "tests" / "tiny"
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: `launch` prints the message as one line and exits with code 2."""
+    """The user gave something wrong. `run_script` prints the message and exits with code 2."""
 
 
 class Stopped(Exception):
-    """Someone asked the run to stop, and everything is saved: `launch` exits with code 130, as for Ctrl-C."""
+    """Someone stopped the run, and all of it is saved. `run_script` exits with code 130."""
 
 
-# ---------------------------------------------------------------------------------------- noise and inversion
-def _at(alpha_bar, t, like):
-    """alpha_bar at the timesteps t (N,), shaped (N, 1, 1, 1) to multiply `like`. alpha_bar stays in fp32: in
-    half precision 1 - alpha_bar is 15 % off at t = 0."""
-    return alpha_bar.to(t.device)[t].to(like.device, torch.float32).view(-1, 1, 1, 1)
+def first_line(error):
+    return str(error).strip().split("\n")[0][:200]
+
+
+def describe_error(error):
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+# ------------------------------------------------------------------ 1. noise and ReNoise inversion
+# To copy these functions elsewhere, take this whole section: it needs torch alone.
+INVERSION_MODES = ("release", "above", "paper")
+
+
+def to_device(tensor, device):
+    """Copy to the device without waiting for it. On a GPU, `.to` from ordinary memory would wait
+    until the GPU has finished all its work; a copy from pinned memory joins the queue instead."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def alpha_bar_at(alpha_bar, t, like):
+    """alpha_bar at the timesteps t (N,), as (N, 1, 1, 1) in fp32 on the device of `like`.
+
+    alpha_bar is never in half precision: in fp16, 1 - alpha_bar is 15 % off at t = 0."""
+    ab = alpha_bar.to(t.device)[t].float()
+    return to_device(ab, like.device).view(-1, 1, 1, 1)
 
 
 def add_noise(x0, eps, t, alpha_bar):
-    """sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (arXiv 2006.11239, Eq. 4); t (N,) long in [0, T)."""
-    ab = _at(alpha_bar, t, x0)
+    """sqrt(ab_t) x0 + sqrt(1 - ab_t) eps (arXiv 2006.11239, Eq. 4); t (N,) long in [0, T)."""
+    ab = alpha_bar_at(alpha_bar, t, x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
-
-
-def renoise_invert(eps_fn, x0, t, alpha_bar, steps, renoise=1, landing="t", ask="end"):
-    """Find the noise of x0 instead of drawing it: few-step DDIM inversion with ReNoise (arXiv 2403.14602).
-
-    Level by level the latent is carried from clean (alpha_bar = 1) up the grid k T // steps, k = 1, 2, ...,
-    as long as that is below t, then once more: exactly to t (landing="t"), or a whole grid step, to the first
-    grid level at or above t (landing="grid"; the released code's behaviour, cleaned). Both take
-    max(1, ceil(t steps / T)) steps of 1 + renoise network calls. ask: the level that the network is told in a
-    step, the one it goes to ("end": ReNoise) or the one it comes from ("start": the released code).
-
-    eps_fn(x (n, C, h, w), t (n,), rows (n,)) -> eps (n, C, h, w); rows tells which samples of the batch these
-    are: one that has arrived is not computed further. t: (N,) long, each sample its own, on the CPU to avoid
-    a sync. Returns (xt, eps), with the eps that takes x0 to xt if xt were at level t:
-    eps = (xt - sqrt(ab_t) x0) / sqrt(1 - ab_t).
-    """
-    T, t = len(alpha_bar), t.cpu()
-    count = torch.clamp(torch.ceil(t * steps / T).long(), min=1)  # inversion steps of each sample
-    last = t if landing == "t" else torch.clamp(count * T // steps, max=T - 1)
-    levels, at = torch.cat([alpha_bar.cpu(), torch.ones(1)]), torch.full_like(t, -1)  # -1: clean
-    x = x0.clone()
-    for k in range(1, int(count.max()) + 1):
-        rows = (count >= k).nonzero()[:, 0]
-        level = torch.where(count[rows] == k, last[rows], k * T // steps)  # the level this step goes up to
-        ab_from, ab_to = _at(levels, at[rows], x0), _at(levels, level, x0)
-        told = level if ask == "end" else at[rows].clamp(min=0)
-        here, told = rows.to(x0.device), told.to(x0.device)
-        xs = x[here]
-        # DDIM upwards needs eps at the level it has not reached yet. ReNoise: guess it with the latent at
-        # hand, step, ask again up there, and take the average.
-        eps = eps_fn(xs, told, here)
-        for i in range(renoise):
-            up = _ddim(xs, eps, ab_from, ab_to)
-            guess = eps_fn(up, told, here)
-            eps = eps + (guess - eps) / (i + 2)  # the running mean of all guesses
-        x[here], at[rows] = _ddim(xs, eps, ab_from, ab_to), level
-    ab_t = _at(alpha_bar, t, x0)
-    return x, (x - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()
 
 
 def predicted_x0(xt, eps, t, alpha_bar):
     """The clean latent that eps would have led to xt from: add_noise, solved for x0."""
-    ab = _at(alpha_bar, t, xt)
+    ab = alpha_bar_at(alpha_bar, t, xt)
     return (xt - (1 - ab).sqrt() * eps) / ab.sqrt()
 
 
-def _ddim(x, eps, ab_from, ab_to):
-    """A deterministic DDIM step between any two levels (arXiv 2010.02502, Eq. 12 with sigma = 0)."""
+def ddim_step(x, eps, ab_from, ab_to):
+    """A deterministic DDIM step, up or down, between the noise levels ab_from and ab_to
+    (arXiv 2010.02502, Eq. 12 with sigma = 0)."""
     x0 = (x - (1 - ab_from).sqrt() * eps) / ab_from.sqrt()
     return ab_to.sqrt() * x0 + (1 - ab_to).sqrt() * eps
 
 
-# --------------------------------------------------------------------------------------------- command line
+def inversion_path(t, T, steps, mode):
+    """The timesteps that an image visits on its way from clean to t. With t = 450, T = 1000:
+
+    release, steps = 5   [201, 401, 601]             to the first of 1, 201, 401, 601, 801
+                                                     at or above t (801 where t is above it)
+    above, steps = 5     [200, 400, 600]             to the first of 200, 400, ... at or above t
+    paper, steps = 9     [111, 222, 333, 444, 450]   the grid below t, then exactly t
+    """
+    if mode == "release":
+        grid = [1 + k * (T // steps) for k in range(steps)]
+    else:
+        grid = [min(k * T // steps, T - 1) for k in range(1, steps + 1)]
+    if mode == "paper":
+        return [level for level in grid if level < t] + [t]
+    end = next((level for level in grid if level >= t), grid[-1])
+    path = [level for level in grid if level <= end]
+    # The released loop stops at 1 on its way. At timestep 1 there is hardly any noise: leaving that
+    # stop out saves two UNet calls and changes the result by a few percent
+    # (tests/test_released.py).
+    if mode == "release" and len(path) > 1:
+        path = path[1:]
+    return path
+
+
+def inversion_plan(paths, alpha_bar, mode, device):
+    """The steps of a whole batch, as a list of (idx, unet_t, ab_from, ab_to), each over the n
+    images that take part: idx (n,) long, unet_t (n,) long, ab_from and ab_to (n, 1, 1, 1).
+
+    An image with fewer steps joins later, so that all images finish together. Everything is made on
+    the CPU and sent in one copy: a copy for each step would make the GPU wait each time."""
+    longest = max(len(path) for path in paths)
+    sizes, table = [], []
+    for step in range(longest):
+        active = [i for i, path in enumerate(paths) if step >= longest - len(path)]
+        sizes.append(len(active))
+        for i in active:
+            k = step - longest + len(paths[i])  # which of its own steps this is for image i
+            t_from = paths[i][k - 1] if k > 0 else 0
+            t_to = paths[i][k]
+            ab_from = alpha_bar[t_from].item() if k > 0 else 1.0  # it starts from the clean latent
+            unet_t = t_to if mode == "paper" else t_from
+            table.append([i, unet_t, ab_from, alpha_bar[t_to].item()])
+    table = to_device(torch.tensor(table, dtype=torch.float64), device)
+    return [
+        (part[:, 0].long(), part[:, 1].long(), *part[:, 2:].float().T.reshape(2, -1, 1, 1, 1))
+        for part in table.split(sizes)
+    ]
+
+
+def renoise_invert(eps_fn, x0, t, alpha_bar, steps, mode, renoise=1):
+    """Find the noise of an image instead of sampling it: few-step DDIM inversion, refined by
+    ReNoise (arXiv 2403.14602).
+
+    Running DDIM upwards, a step from x_from to x_to needs the noise predicted at x_to, which is not
+    known yet. Plain inversion takes the prediction at x_from. ReNoise uses it to make a first guess
+    of x_to, predicts again there, and steps with the average of the two. For one image:
+
+        for t_from, t_to in steps_of_the_path:           # t = 450: clean -> 201 -> 401 -> 601
+            eps_here = eps(x, unet_t)                    # unet_t =     0,     201,    401
+            x_guess = ddim(x, eps_here, t_from -> t_to)
+            eps_there = eps(x_guess, unet_t)
+            x = ddim(x, (eps_here + eps_there) / 2, t_from -> t_to)
+
+    mode   "release"  the released code (under diffusers 0.20): x ends at the first grid timestep
+                      at or above t. Its noise level is then not quite that of t, but eps below is
+                      formed with t anyway. unet_t is the timestep that a step comes FROM.
+           "above"    the same with the grid kT/n.
+           "paper"    our reading of the paper: x ends exactly at t, unet_t is the timestep that a
+                      step goes TO, and only the last step is refined.
+
+    eps_fn(x (n, C, h, w), unet_t (n,), idx (n,)) -> eps (n, C, h, w), where idx says which images
+    of the batch these are. t (N,) long, each image its own, best kept on the CPU. Returns (xt,
+    eps), both (N, C, h, w), with eps = (xt - sqrt(ab_t) x0) / sqrt(1 - ab_t).
+
+    UNet calls an image: 2 for each step of release and above, steps + 1 for paper.
+    ValueError for another mode, steps < 1, or a renoise other than 0 and 1."""
+    if mode not in INVERSION_MODES:
+        raise ValueError(f"mode must be one of {', '.join(INVERSION_MODES)}, not {mode!r}")
+    if steps < 1 or renoise not in (0, 1):
+        raise ValueError(f"steps must be 1 or more, renoise 0 or 1, not {steps} and {renoise}")
+    paths = [inversion_path(level, len(alpha_bar), steps, mode) for level in t.tolist()]
+    plan = inversion_plan(paths, alpha_bar, mode, x0.device)
+    x = x0.clone()
+    for number, (idx, unet_t, ab_from, ab_to) in enumerate(plan, 1):
+        x_from = x[idx]
+        eps = eps_fn(x_from, unet_t, idx)
+        if renoise and (mode != "paper" or number == len(plan)):
+            x_guess = ddim_step(x_from, eps, ab_from, ab_to)
+            eps_there = eps_fn(x_guess, unet_t, idx)
+            eps = (eps + eps_there) / 2
+        x[idx] = ddim_step(x_from, eps, ab_from, ab_to)
+    ab_t = alpha_bar_at(alpha_bar, t, x0)
+    return x, (x - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()
+
+
+# ----------------------------------------------------------------------------- 2. command line
 RANGES = {
-    ">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf,
-    "0..1": lambda x: 0 <= x <= 1, "0..<1": lambda x: 0 <= x < 1,
-}  # fmt: skip
+    ">0": lambda x: 0 < x < math.inf,
+    ">=0": lambda x: 0 <= x < math.inf,
+    "0..1": lambda x: 0 <= x <= 1,
+    "0..<1": lambda x: 0 <= x < 1,
+}
 
 
-def flag(default, text, range=None):
-    """A Config field: its default, the text of --help (% is doubled for argparse), and which of RANGES its
-    value has to be in: --help shows that too, and `check` refuses other values."""
-    more = {"metavar": range} if range else {}
-    return dataclasses.field(default=default, metadata={"help": text.replace("%", "%%"), **more})
+def option(default, help, range=None):
+    """A Config field: its default, its help text, and which of RANGES its value has to be in.
+    `--help` shows the range, and `validate_config` refuses values outside of it."""
+    metadata = {"help": help.replace("%", "%%")}  # argparse would read a bare % as a format
+    if range:
+        metadata["metavar"] = range
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class TrainConfig:
-    """The flags all method files share. Their own follow in their Config, the recipes in their PRESETS."""
+    """The options all method files share. Their own follow in their Config, the recipes in
+    PRESETS."""
 
-    preset: str = flag("tiny", "recipe to start from: tiny, sd15 or sdxl; any other flag overrides it")
-    model: str = flag("", "diffusers folder or hub id of a Stable Diffusion 1.x, 2.x or XL pipeline")
-    variant: str | None = flag(None, "weight files to load from it, e.g. fp16")
-    revision: str | None = flag(None, "hub revision to load")
-    vae: str | None = flag(None, "another VAE, e.g. the fp16 fix for SDXL")
-    unet: str | None = flag(None, "start AND reference UNet, if not the model's own (e.g. runs/sft/unet)")
-    data: str = flag("", "a parquet file, a folder of them, an image folder with metadata.jsonl, or a hub id")
-    out: str = flag("", "folder for everything the run writes")
-    steps: int = flag(0, "optimizer steps", ">0")
-    batch: int = flag(0, "rows (pairs) per optimizer step, over all GPUs", ">0")
-    micro_batch: int = flag(0, "rows per GPU per forward; the gradient accumulation follows from it", ">0")
-    optimizer: Literal["adamw", "adafactor"] = flag("adamw", "adafactor: hardly any state to keep")
-    lr: float = flag(0.0, "peak learning rate, used as it is: nothing scales it", ">0")
-    warmup: int = flag(0, "optimizer steps of linear warm-up, then constant", ">=0")
-    clip: float = flag(1.0, "largest gradient norm; 0 does not clip", ">=0")
-    weight_decay: float = flag(0.01, "decoupled weight decay", ">=0")
-    ema: float = flag(0.0, "decay of averaged weights, which are then what is written; 0: none", "0..<1")
-    caption_dropout: float = flag(0.0, "share of rows without their caption (keeps guidance working)", "0..1")
-    flip: bool = flag(False, "mirror half of the rows")
-    resolution: int = flag(512, "side of the square the images are resized and cropped to, in px", ">0")
-    seed: int = flag(0, "fixes every random draw, whatever the number of GPUs")
-    precision: str = flag("fp32", "autocast to fp32, bf16 or fp16; the trained weights are fp32 in any case")
-    checkpointing: bool = flag(False, "gradient checkpointing: a third more compute for much less memory")
-    compile: bool = flag(False, "torch.compile the UNets")
-    channels_last: bool = flag(False, "convolutions in channels-last memory order; faster on some GPUs")
-    workers: int = flag(0, "processes (cache: threads) that decode images; 0: the main process", ">=0")
-    cache: str | None = flag(None, "compute latents and caption embeddings once and keep them in this folder")
-    save_every: int = flag(500, "steps between checkpoints for --resume", ">0")
-    keep_every: int = flag(0, "steps between UNets to keep, in unet-STEP/; 0 keeps the last alone", ">=0")
-    resume: bool = flag(False, "go on from the checkpoint in --out")
-    overwrite: bool = flag(False, "start over in an --out that holds a run")
-    eval_prompts: int = flag(0, "images a model in the closing report, start against trained; 0: none", ">=0")
-    prompts: str = flag("", "text file of the report's prompts, one a line")
-    judge: str | None = flag(None, "PATH.py:FUNCTION(images, prompts) -> scores; the report's exact judge")
-    eval_steps: int = flag(50, "sampling steps of the report", ">0")
-    cfg: float = flag(7.5, "guidance scale of the report", ">=0")
+    preset: str = option("tiny", "recipe to start from: tiny, sd15 or sdxl; any flag overrides it")
+    model: str = option(
+        "", "diffusers folder or hub id of a Stable Diffusion 1.x, 2.x or XL pipeline"
+    )
+    variant: str | None = option(None, "weight files to load from it, e.g. fp16")
+    revision: str | None = option(None, "hub revision to load")
+    vae: str | None = option(None, "another VAE, e.g. the fp16 fix for SDXL")
+    unet: str | None = option(None, "initial AND reference UNet, if not the model's: e.g. runs/sft")
+    data: str = option(
+        "", "parquet file or folder, image folder with metadata.jsonl, or hub ID(:SPLIT)"
+    )
+    out: str = option("", "folder for everything the run writes")
+    steps: int = option(0, "optimizer steps", ">0")
+    batch: int = option(0, "rows (pairs or experts) per optimizer step, over all GPUs", ">0")
+    micro_batch: int = option(0, "rows per GPU per forward; accumulation follows from it", ">0")
+    optimizer: Literal["adamw", "adafactor"] = option("adamw", "adafactor keeps hardly any state")
+    lr: float = option(0.0, "peak learning rate, used as it is: nothing scales it", ">0")
+    warmup: int = option(0, "optimizer steps of linear warm-up, then constant", ">=0")
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip", ">=0")
+    weight_decay: float = option(0.01, "decoupled weight decay", ">=0")
+    ema: float = option(
+        0.0, "decay of the EMA weights, which are then what is written; 0: none", "0..<1"
+    )
+    caption_dropout: float = option(0.0, "fraction of rows without caption, for guidance", "0..1")
+    flip: bool = option(False, "mirror half of the images, each on its own")
+    resolution: int = option(
+        512, "side of the square that images are resized and cropped to, px", ">0"
+    )
+    seed: int = option(0, "fixes every random draw, whatever the number of GPUs")
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "autocast; trained weights stay fp32"
+    )
+    checkpointing: bool = option(False, "gradient checkpointing: a third more compute, less memory")
+    compile: bool = option(False, "torch.compile the UNets")
+    lora: int = option(0, "rank of a LoRA to train instead of all weights; 0: all weights", ">=0")
+    workers: int = option(4, "threads that decode images while the set is encoded", ">0")
+    cache: str = option("runs/cache", "folder of the latents and caption embeddings of all runs")
+    save_every: int = option(500, "steps between checkpoints for --resume", ">0")
+    keep_every: int = option(0, "also keep the UNet of every so many steps, in unet-STEP/", ">=0")
+    resume: bool = option(False, "go on from the checkpoint in --out; start where there is none")
+    overwrite: bool = option(False, "start over in an --out that holds a run")
+    eval_prompts: int = option(0, "images of each model in the final evaluation; 0: none", ">=0")
+    prompts: str = option(
+        "", "prompts of the final evaluation: .txt (one a line), .json or .parquet"
+    )
+    judge: str | None = option(None, "PATH.py:FUNCTION(images, prompts) -> ground-truth scores")
+    eval_steps: int = option(50, "sampling steps of the final evaluation", ">0")
+    cfg: float = option(7.5, "guidance scale of the final evaluation", ">=0")
 
 
-@dataclass
-class RewardConfig(TrainConfig):
-    """With the flags of the methods that ask a reward model about a set of pairs: see `open_scores`."""
-
-    reward: str = flag("yuvalkirstain/PickScore_v1", "reward model in PickScore's layout: folder or hub id")
-    reward_processor: str | None = flag(None, "where its tokenizer and image settings are, if elsewhere")
-    scores: str | None = flag(None, "scores file to use instead of --reward (eval.py --scores_out makes one)")
-
-
-def tiny(name):
-    """The tiny world's paths and settings, the first part of every method's tiny preset."""
+def tiny_preset(name):
+    """The tiny world's paths and settings: the first part of every method's tiny preset."""
     return {
-        "model": str(TINY / "model"), "data": str(TINY / "pairs" / "train.parquet"), "out": f"runs/{name}",
-        "resolution": 64, "cache": "runs/cache", "save_every": 50,
-        "eval_prompts": 256, "prompts": str(TINY / "prompts" / "test.txt"), "eval_steps": 20, "cfg": 2.0,
+        "model": str(TINY / "model"),
+        "data": str(TINY / "pairs" / "train.parquet"),
+        "out": f"runs/{name}",
+        "resolution": 64,
+        "save_every": 50,
+        "eval_prompts": 256,
+        "prompts": str(TINY / "prompts" / "test.txt"),
+        "eval_steps": 20,
+        "cfg": 2.0,
         "judge": f"{TINY / 'world.py'}:gold_score",
-    }  # fmt: skip
+    }
 
 
 def parse(Config, presets, argv=None):
-    """The command line -> a Config: the preset's values over the defaults, explicit flags over both. An
-    unknown flag is argparse's error (exit code 2). --help shows the preset's values."""
+    """The command line -> a Config: the preset's values over the defaults, explicit flags over
+    both. An unknown flag is argparse's error (exit code 2). --help shows the preset's values."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(Config, allow_abbrev=False)
     argv = sys.argv[1:] if argv is None else argv
-    preset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].preset
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    preset = parser.parse_known_args(without_help)[0].preset
     if preset not in presets:
         raise InputError(f"--preset {preset} is not one of {', '.join(presets)}")
     parser.set_defaults(**presets[preset])
     return Config(**vars(parser.parse_args(argv)))
 
 
-def launch(main):
-    """Run a script: quiet libraries; one line and exit code 2 for bad input and a disk that refuses; SIGTERM
-    as Ctrl-C; the process group closed at the end."""
+def run_script(main):
+    """Run a script's main: quiet libraries, one line and exit code 2 for bad input, SIGTERM handled
+    like Ctrl-C (exit code 130), the process group closed at the end."""
     from datasets.utils import logging as datasets_log
     from diffusers.utils import logging as diffusers_log
+    from logging import CRITICAL
     from transformers.utils import logging as transformers_log
 
     for log in (datasets_log, diffusers_log, transformers_log):
-        log.set_verbosity_error()
+        log.set_verbosity(CRITICAL)
         log.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if (
+        signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    ):  # ignored: a job that a shell runs with "&"
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        advice = "try a smaller --micro_batch, --checkpointing or --lora"
+        print(f"error: out of memory ({first_line(error)}): {advice}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except (Stopped, KeyboardInterrupt) as why:
-        print(str(why) or "interrupted: what was finished is kept, --resume goes on", file=sys.stderr)
+        text = str(why) or "interrupted: what was finished is kept, --resume goes on"
+        print(text, file=sys.stderr, flush=True)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -225,38 +358,44 @@ def launch(main):
             dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------- distributed
+# ------------------------------------------------------------------------------- 3. distributed
 @dataclass
-class Place:
-    """Where this process stands among those torchrun started (alone without torchrun)."""
+class DistInfo:
+    """Which of torchrun's processes this is (the only one without torchrun), and its device."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     device: torch.device = torch.device("cpu")
 
     @property
-    def main(self):
+    def is_main(self):
         return self.rank == 0
 
 
-def setup():
-    """Join the process group if torchrun started this process (nccl with GPUs, gloo without): a Place."""
-    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+def init_distributed():
+    """Join the process group if torchrun started this process (nccl with GPUs, gloo without)."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
     if "RANK" not in os.environ:
-        return Place(device=device)
+        return DistInfo(device=device)
     if not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps one store over all restarts, and in it
-            # the dead workers' addresses; on several nodes the restart counts may differ
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store over all restarts, and in it the dead workers' addresses. (On
+            # several nodes the restart counts may differ, so the prefix is for one node alone.)
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        # one day: ranks wait for each other where one goes through a set that is larger than memory
-        more = {"store": store, "rank": rank, "world_size": world, "timeout": timedelta(days=1)}
-        dist.init_process_group("nccl" if cuda else "gloo", **more)
-    return Place(dist.get_rank(), dist.get_world_size(), device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(days=1),  # ranks wait for each other while one reads a large set
+        )
+    return DistInfo(dist.get_rank(), dist.get_world_size(), device)
 
 
 def barrier():
@@ -264,734 +403,1983 @@ def barrier():
         dist.barrier()
 
 
-def agree(flag):
-    """The main process's answer to a question about the disk, once all have got here."""
-    answer = [flag]
+def broadcast_from_main(value):
+    """The main process's value, on every rank."""
+    box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    return answer[0]
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
-def versions():
-    """Library versions and the git commit ("+" where files differ from it), for config.json and reports."""
-    import diffusers
-    import transformers
-
-    def git(*words):
-        answer = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    commit = git("rev-parse", "--short", "HEAD")
-    return {
-        "commit": commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
-        "python": sys.version.split()[0],
-        **{library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
-    }
+def all_gather_objects(value):
+    """Every rank's value, as one list that is the same on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def generator(*key):
-    """A CPU generator that depends on the key's values alone, e.g. (seed, "sample", index)."""
+    """A CPU generator that depends on the key's values alone, e.g. (seed, "sample", index). Every
+    random draw of a run comes from one of these: that makes a resume exact and the number of GPUs
+    irrelevant."""
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-# ---------------------------------------------------------------------------------------------------- models
+def versions():
+    """Library versions and the git commit ("+" where files differ from it), for config.json."""
+    import diffusers
+    import transformers
+
+    libraries = {
+        library.__name__: library.__version__ for library in (torch, diffusers, transformers)
+    }
+    return {"commit": git_commit(), "python": sys.version.split()[0], **libraries}
+
+
+def git_commit():
+    """The short commit of this folder; None where it is no repository or git is not installed."""
+
+    def git(*words):
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        )
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+# --------------------------------------------------------------------------------------- 4. files
+def sync(path):
+    """Make sure that a file or folder is on the disk, so that a power cut cannot take it back."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path):
+    """Delete a file or a folder, whichever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic(path):
+    """with atomic(path) as temporary: write a file or a folder under the temporary name. It gets
+    its real name only when all of it is on the disk, so nobody ever sees half of it, and what had
+    that name before is there until then. InputError if the disk refuses."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in [temporary, *temporary.rglob("*")]:
+            if file.is_file():  # safetensors makes files that only their owner can read
+                file.chmod(0o666 & ~umask)
+            sync(file)
+        if path.is_dir():  # a folder cannot be replaced in one step: the old one steps aside first
+            aside = temporary.with_suffix(".old")
+            path.rename(aside)
+            temporary.rename(path)
+            shutil.rmtree(aside)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+    except Exception as error:
+        raise InputError(f"{path} cannot be written: {first_line(error)}") from error
+    finally:
+        remove(temporary)
+
+
+def write_text(path, text):
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def remove_leftovers(folder, age):
+    """Delete temporary files of killed writers, if nobody has touched them for `age` seconds."""
+    for file in [*Path(folder).glob(".*.new"), *Path(folder).glob(".*.old")]:
+        try:
+            if time.time() - file.stat().st_mtime >= age:
+                remove(file)
+        except FileNotFoundError:  # its writer is alive, and has just given it its name
+            pass
+
+
+# ------------------------------------------------------------------------------ 5. models
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# The parts of the two supported pipelines and the only class each may have. Other classes would
+# either need other code here (other text encoders) or run code from the model's repository.
+SD_PARTS = {
+    "unet": "diffusers.UNet2DConditionModel",
+    "vae": "diffusers.AutoencoderKL",
+    "text_encoder": "transformers.CLIPTextModel",
+    "tokenizer": "transformers.CLIPTokenizer",
+}
+SDXL_PARTS = SD_PARTS | {
+    "text_encoder_2": "transformers.CLIPTextModelWithProjection",
+    "tokenizer_2": "transformers.CLIPTokenizer",
+}
+PIPELINES = {"StableDiffusionPipeline": SD_PARTS, "StableDiffusionXLPipeline": SDXL_PARTS}
+# Never loaded: the safety checker would blacken images that are to be compared.
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def load_pretrained(loader, path, what, **kwargs):
+    """Load one part of a model with every weight read from its files, on the CPU.
+
+    loader: a class of diffusers or transformers with from_pretrained (model, tokenizer, processor
+    or scheduler); path: folder or hub id; what: the part's name for messages, e.g. "vae"; kwargs:
+    subfolder, revision, variant. Models are returned in fp32 and eval mode. Raises InputError, in
+    one line, where nothing can be loaded, the part is of another class, or a weight is missing,
+    unexpected, misshapen or not finite.
+    """
+    from diffusers import ModelMixin
+
+    is_model = issubclass(loader, torch.nn.Module)
+    if is_model:
+        # Both libraries fill what a file lacks with random or uninitialised values and merely log
+        # a warning. The loading info tells. Mismatched sizes are let through only to be named.
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        kwargs["ignore_mismatched_sizes"] = True
+    elif loader.__module__.startswith("transformers"):
+        kwargs["trust_remote_code"] = False  # unset, transformers asks on stdin, and a job hangs
+    try:
+        if issubclass(loader, ModelMixin):
+            config = {key: kwargs.get(key) for key in ("subfolder", "revision")}
+            found = loader.load_config(path, **config).get("_class_name", loader.__name__)
+            if found != loader.__name__:
+                raise ValueError(f"its class is {found}, not {loader.__name__}")
+            kwargs["low_cpu_mem_usage"] = False  # True needs the package accelerate
+        with nan_in_new_memory():
+            part = loader.from_pretrained(path, **kwargs)
+    except Exception as error:  # safetensors, tokenizers and the hub raise their own
+        hint = " (only .safetensors files are read)" if "safetensors" in str(error) else ""
+        line = f"the {what} of {path} cannot be loaded: {first_line(error)}{hint}"
+        raise InputError(line) from error
+    if is_model:
+        part, info = part
+        part = part.float().eval()  # transformers keeps a file's dtype, diffusers gives fp32
+        problems = weight_problems(part, info)
+        if problems:
+            where = f"the {what} of {path} ({loader.__name__})"
+            raise InputError(f"{where} has wrong weights: {'; '.join(problems)}")
+    elif hasattr(part, "backend_tokenizer") and not has_vocabulary(part):
+        raise InputError(f"the {what} of {path} lacks files: it has no vocabulary or no merges")
+    return part
+
+
+@contextmanager
+def nan_in_new_memory():
+    """Let torch.empty give NaN. Of sharded weights, diffusers (0.42) believes the index: a weight
+    that its shard lacks is not reported as missing. It stays NaN, and that is found."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def has_vocabulary(tokenizer):
+    """False for what transformers 5 makes, without a word, of a folder that lacks the vocabulary
+    or the merges: a tokenizer that knows special tokens or single characters only."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    known = len(model.get("vocab", ())) > len(tokenizer.all_special_tokens)
+    return known and model.get("merges") != []
+
+
+def weight_problems(part, info):
+    """What is wrong with a loaded model, e.g. ["missing: conv_out.bias, conv_out.weight"]."""
+    misshapen = {key: (tuple(a), tuple(b)) for key, a, b in info["mismatched_keys"]}
+    values = part.state_dict().items()
+    infinite = {k for k, v in values if v.is_floating_point() and not v.isfinite().all()}
+    kinds = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": [f"{k} {a} instead of {b}" for k, (a, b) in misshapen.items()],
+        "not finite": infinite - misshapen.keys() - set(info["missing_keys"]),
+    }
+    problems = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{kind}: {', '.join(sorted(names)[:3])}{more}")
+    return problems
+
+
+def load_pipeline(model, variant=None, revision=None, vae=None, unet=None):
+    """A stock StableDiffusionPipeline or StableDiffusionXLPipeline in fp32 on the CPU, each part
+    loaded by `load_pretrained`; no safety checker, no watermark.
+
+    model: diffusers folder or hub id; variant, revision: which files of it; vae, unet: other
+    places for these two parts. Raises InputError for anything else than plain Stable Diffusion
+    1.x, 2.x or XL: see `load_index`, `load_scheduler` and `require_supported_parts`.
+    """
+    import diffusers
+
+    index = load_index(model, revision)
+    kind = index["_class_name"]
+    parts = {}
+    for name, class_path in PIPELINES[kind].items():
+        library, class_name = class_path.split(".")
+        loader = getattr(importlib.import_module(library), class_name)
+        if name == "unet" and unet:
+            parts[name] = load_unet(unet)
+        elif name == "vae" and vae:
+            parts[name] = load_pretrained(loader, vae, "vae")
+        else:
+            files = {"subfolder": name, "revision": revision}
+            if issubclass(loader, torch.nn.Module):
+                files["variant"] = variant
+            parts[name] = load_pretrained(loader, model, name, **files)
+    parts["scheduler"] = load_scheduler(model, index["scheduler"][1], revision)
+    require_supported_parts(parts, model, vae, unet)
+    settings = dict.fromkeys(("feature_extractor", "image_encoder"))
+    if kind == "StableDiffusionXLPipeline":
+        settings["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
+        settings["add_watermarker"] = False  # else pixels depend on a package being installed
+    else:
+        settings |= {"safety_checker": None, "requires_safety_checker": False}
+    with warnings.catch_warnings():  # old configs, which the constructor mends itself
+        warnings.simplefilter("ignore", FutureWarning)
+        pipe = getattr(diffusers, kind)(**parts, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_index(model, revision=None):
+    """The dict of model_index.json, which names the pipeline's class and those of its parts. Raises
+    InputError where a class is not one that is supported."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(model, revision=revision)
+    except Exception as error:
+        reason = "" if Path(model).is_dir() else f": {first_line(error)}"
+        line = f"--model {model} is no diffusers pipeline (no model_index.json){reason}"
+        raise InputError(line) from error
+    kind = index.get("_class_name")
+    if kind not in tuple(PIPELINES):  # a custom pipeline's kind is a list: [file, class]
+        raise InputError(f"--model {model} is a {kind}, not Stable Diffusion 1.x, 2.x or XL")
+    listed = {name for name, value in index.items() if isinstance(value, (list, tuple))}
+    for name in sorted(listed | {"scheduler", *PIPELINES[kind]}):
+        if name in LEFT_OUT:
+            continue
+        found = ".".join(str(word) for word in index.get(name) or () if word) or "absent"
+        expected = PIPELINES[kind].get(name, "absent")
+        fits = found.removesuffix("Fast") == expected  # CLIPTokenizerFast is the same class
+        if name == "scheduler":
+            expected = "one of diffusers"
+            fits = found.startswith("diffusers.") and found.endswith("Scheduler")
+        if not fits:
+            raise InputError(f"--model {model}: its {name} is {found}, not {expected}")
+    return index
+
+
+def load_scheduler(model, class_name, revision=None):
+    """The pipeline's noise scheduler. Raises InputError where its schedule is not one of betas.
+
+    Training needs alpha_bar alone, and any scheduler class would give one: what a config does not
+    say, diffusers fills with that class's defaults, which differ between classes. So the raw file
+    has to name the betas, and the class it was written for has to agree with DDPMScheduler on
+    them. EDM, flow matching and shifted schedules (CogVideoX) fail one of the two.
+    """
+    import diffusers
+
+    try:
+        files = {"subfolder": "scheduler", "revision": revision}
+        raw = diffusers.DDPMScheduler.load_config(model, **files)
+    except Exception as error:
+        line = f"the scheduler of {model} cannot be loaded: {first_line(error)}"
+        raise InputError(line) from error
+    where = f"--model {model}: its scheduler"
+    prediction = raw.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"{where} predicts {prediction}, not epsilon or v_prediction")
+    names_betas = {"beta_start", "beta_end", "beta_schedule"} <= raw.keys()
+    other_noise = raw.get("use_flow_sigmas") or raw.get("timestep_type") == "continuous"
+    own_class = raw.get("_class_name", class_name)
+    if other_noise or not (names_betas or raw.get("trained_betas") is not None):
+        raise InputError(f"{where} ({own_class}) has no beta schedule: not supported")
+    expected = None
+    # The file's class, and the one in model_index.json, which the pipeline gets
+    for name in ("DDPMScheduler", own_class, class_name):
+        try:
+            scheduler = getattr(diffusers, name).from_config(raw)
+        except ImportError:  # LMS wants scipy: then DDPM stands in, its betas are the same
+            continue
+        except Exception as error:  # an unknown class or schedule
+            line = f"{where} ({name}) cannot be loaded: {first_line(error)}"
+            raise InputError(line) from error
+        actual = getattr(scheduler, "alphas_cumprod", torch.empty(0)).float()
+        expected = actual if expected is None else expected
+        # Euler's last value of a zero-SNR schedule is 2^-24 where DDPM's is 0: within atol
+        if not (len(actual) == len(expected) and torch.allclose(actual, expected, atol=1e-6)):
+            raise InputError(f"{where} ({name}) has no plain beta schedule: not supported")
+    return scheduler
+
+
+def require_supported_parts(parts, model, vae=None, unet=None):
+    """InputError where a part asks for what this code does not do, or the parts do not fit."""
+    config = parts["vae"].config
+    if config.latents_mean is not None or config.latents_std is not None:
+        # The latents would be normalised by these, not by scaling_factor (Playground v2.5)
+        where = f"--vae {vae}" if vae else f"the vae of {model}"
+        raise InputError(f"{where} has latents_mean or latents_std: not supported")
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
+    for tokenizer, encoder in zip(tokenizers, encoders):
+        if getattr(encoder.config, "use_attention_mask", False):
+            raise InputError(f"the text encoder of {model} wants an attention mask: not supported")
+        if len(tokenizer) > encoder.config.vocab_size:
+            counts = f"{len(tokenizer)} tokens, the text encoder {encoder.config.vocab_size}"
+            raise InputError(f"the tokenizer of {model} has {counts}")
+    expected = {
+        "in_channels": config.latent_channels,
+        "out_channels": config.latent_channels,
+        "cross_attention_dim": sum(encoder.config.hidden_size for encoder in encoders),
+        "addition_embed_type": "text_time" if len(encoders) == 2 else None,
+    }
+    where = f"--unet {unet}" if unet else f"the unet of {model}"
+    require_sizes(parts["unet"], expected, f"{where} with --vae {vae}" if vae else where)
+
+
+def require_sizes(unet, expected, where):
+    for name, value in expected.items():
+        actual = unet.config[name]
+        if actual != value:
+            raise InputError(f"{where} does not fit --model: its {name} is {actual}, not {value}")
+
+
+def load_unet(path, own=None):
+    """A UNet in fp32 on the CPU, from a folder, its unet/ (a run's folder) or a hub repository's
+    unet/. own: the UNet that it will stand in for; its sizes, the image's included, have to be the
+    same. Raises InputError."""
+    from diffusers import UNet2DConditionModel
+
+    path = str(path)
+    is_folder = Path(path).is_dir()
+    if not is_folder and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):  # no OWNER/NAME of the hub
+        raise InputError(f"--unet {path} does not exist")
+    inside = "unet" if (Path(path) / "unet").is_dir() or not is_folder else None
+    unet = load_pretrained(UNet2DConditionModel, path, "unet", subfolder=inside)
+    if own is not None:
+        # sample_size is what eval.py takes the images' size from
+        names = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
+        expected = {name: own.config[name] for name in (*names, "sample_size")}
+        require_sizes(unet, expected, f"--unet {path}")
+    return unet
+
+
+def weights_hash(part, without=()):
+    """A hash of all that determines what a part computes: class, configuration, every bit of the
+    weights; not of where it lies. part: module, scheduler, tokenizer, processor or whole pipeline,
+    of which `without` names the parts to leave out. SHA-256: 2 GB/s where the CPU
+    has instructions for it, more than BLAKE2b."""
+    digest = hashlib.sha256(type(part).__name__.encode())
+    settings = part_settings(part)
+    if hasattr(part, "components"):
+        for name, component in part.components.items():
+            settings.pop(name, None)  # a pipeline's config names the parts' classes
+            if component is not None and name not in without:
+                settings[name] = weights_hash(component)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    if isinstance(part, torch.nn.Module):
+        for name, value in part.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def part_settings(part):
+    """The configuration of a part, as a dict that does not depend on its place or its use."""
+    if hasattr(part, "backend_tokenizer"):
+        settings = json.loads(part.backend_tokenizer.to_str())
+        # Every call of the tokenizer leaves its padding and truncation in the backend
+        settings |= {"padding": part.padding_side, "truncation": part.truncation_side}
+        settings["special_tokens"] = part.special_tokens_map
+        settings["model_max_length"] = part.model_max_length
+        return settings
+    config = getattr(part, "config", part)  # processors are their own configuration
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if config is part and hasattr(part, "tokenizer"):  # a processor with both, as CLIP's
+        settings["tokenizer"] = weights_hash(part.tokenizer)
+        settings["image_processor"] = weights_hash(part.image_processor)
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
 class Models:
-    """A pipeline's parts, frozen but for the UNet, and the few lines that hide which Stable Diffusion it is.
+    """A pipeline's parts on a device, frozen but for the UNet, and the few methods that hide which
+    Stable Diffusion it is.
 
-    unet: fp32, trainable. alpha_bar: (T,) fp32 on the CPU. calls: this step's UNet sample-forwards.
-    InputError if cfg.model is no Stable Diffusion 1.x, 2.x or XL pipeline, or a part of it cannot be loaded.
+    pipe: the stock pipeline with these parts; unet: fp32, trainable; vae; alpha_bar: (T,) fp32 on
+    the CPU; prediction: "epsilon" or "v_prediction"; dtype: autocast's; calls: UNet sample-forwards
+    since the caller last set it to 0. Raises InputError as `load_pipeline` does.
     """
 
     def __init__(self, cfg, device):
-        from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+        from diffusers import DDPMScheduler
 
         if cfg.precision not in DTYPES:
             raise InputError(f"--precision {cfg.precision} is not one of {', '.join(DTYPES)}")
-        self.device, self.dtype, self.calls = device, DTYPES[cfg.precision], 0
-        try:
-            index = DiffusionPipeline.load_config(cfg.model, revision=cfg.revision)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--model {cfg.model} is no diffusers pipeline (no model_index.json)") from error
-        kind = index["_class_name"]
-        if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-            raise InputError(f"--model {cfg.model} is a {kind}, not Stable Diffusion 1.x, 2.x or XL")
-        xl = kind == "StableDiffusionXLPipeline"
-
-        def part(loader, name, other=None):  # a part of the pipeline, or of another place
-            more = {} if loader in (AutoTokenizer, DDPMScheduler) else {"use_safetensors": True}
-            if not other:
-                more |= {"subfolder": name, "revision": cfg.revision}
-                more |= {"variant": cfg.variant} if "use_safetensors" in more else {}
-            more |= {"low_cpu_mem_usage": False} if loader in (AutoencoderKL, UNet2DConditionModel) else {}
-            try:
-                loaded = loader.from_pretrained(other or cfg.model, **more)
-            except Exception as error:  # safetensors and the hub raise their own
-                raise InputError(f"no {name} in {other or cfg.model}: {first_line(error)}") from error
-            weights = loaded.parameters() if isinstance(loaded, torch.nn.Module) else ()
-            if not all(p.isfinite().all() for p in weights):
-                raise InputError(f"the {name} of {other or cfg.model} has weights that are not finite")
-            return loaded
-
-        self.unet = part(UNet2DConditionModel, "unet", cfg.unet).float().to(device)
-        if cfg.channels_last:
-            self.unet.to(memory_format=torch.channels_last)
-        vae = part(AutoencoderKL, "vae", cfg.vae)
-        # SDXL's own VAE overflows in half precision, and says so; the fp16 fix (--vae) does not
-        self.vae = vae.to(torch.float32 if xl and vae.config.force_upcast else self.dtype).to(device)
-        encoders = [(CLIPTextModel, "")] + [(CLIPTextModelWithProjection, "_2")] * xl
-        self.encoders = [part(load, "text_encoder" + s).to(self.dtype).to(device) for load, s in encoders]
-        self.tokenizers = [part(AutoTokenizer, "tokenizer" + s) for _, s in encoders]
+        self.device = torch.device(device)
+        self.dtype = DTYPES[cfg.precision]
+        self.calls = 0
+        self.pipe = load_pipeline(cfg.model, cfg.variant, cfg.revision, cfg.vae, cfg.unet)
+        # What the cache and a resume compare: taken before anything is cast or trained.
+        self.vae_hash = weights_hash(self.pipe.vae)
+        self.unet_hash = weights_hash(self.pipe.unet)
+        self.encoders_hash = weights_hash(self.pipe, without=("vae", "unet", "scheduler"))
+        self.unet = self.pipe.unet.to(self.device)
+        self.vae = self.pipe.vae
+        parts = self.pipe.components
+        names = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
+        self.encoders = [parts[name].to(self.device, self.dtype) for name in names]
+        xl = len(self.encoders) == 2
+        # SDXL's own VAE overflows in half precision, and its config says so. The fp16 fix (--vae)
+        # does not. Stable Diffusion 1.x and 2.x have the flag too, but not the problem.
+        upcast = xl and self.vae.config.force_upcast
+        self.vae.to(self.device, torch.float32 if upcast else self.dtype)
         for frozen in (self.vae, *self.encoders):
-            frozen.requires_grad_(False).eval()
-        for name, its, ours in (
-            ("in_channels", self.unet.config.in_channels, vae.config.latent_channels),
-            ("cross_attention_dim", self.unet.config.cross_attention_dim,
-             sum(encoder.config.hidden_size for encoder in self.encoders)),
-            ("addition_embed_type", self.unet.config.addition_embed_type, "text_time" if xl else None),
-        ):  # fmt: skip
-            if its != ours:
-                where = f"--unet {cfg.unet}" if cfg.unet else f"the unet of {cfg.model}"
-                raise InputError(f"{where} does not fit --model: its {name} is {its}, not {ours}")
-        scheduler = part(DDPMScheduler, "scheduler")
-        self.alpha_bar, self.prediction = scheduler.alphas_cumprod.float(), scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise InputError(f"--model {cfg.model} predicts {self.prediction}, not epsilon or v_prediction")
-        # what the pipeline puts in place of an empty prompt when it guides: a dropped caption must look alike
-        self.zero_empty = xl and index.get("force_zeros_for_empty_prompt", True)
+            frozen.requires_grad_(False)
+        # Always by DDPM: Euler and others round the 0 of a zero-SNR schedule up to 2^-24
+        scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        self.alpha_bar = scheduler.alphas_cumprod.float()
+        self.prediction = scheduler.config.prediction_type
+        self._device_alpha_bar = self.alpha_bar.to(self.device)
+        if cfg.lora:
+            freeze_and_add_lora(self, cfg)
+
+    def latent_shape(self, resolution):
+        """(C, h, w) of the latent of a square image with sides of `resolution` pixels."""
+        side = resolution // self.pipe.vae_scale_factor
+        return self.vae.config.latent_channels, side, side
 
     @torch.no_grad()
     def encode_images(self, pixels):
-        """(N, 3, H, W) in [-1, 1] -> latents (N, 4, H/8, W/8), fp32: the mode of the VAE's posterior. A
-        sample would differ by a spread far below that of the noise the latents are trained with."""
-        z = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        """Pixels (N, 3, H, W) in [-1, 1] -> latents (N, C, H/8, W/8), fp32.
+
+        The mode of the VAE's posterior: a sample would differ by a spread that is far below that
+        of the noise the latents are trained with.
+        """
+        config = self.vae.config
+        pixels = to_device(pixels, self.vae.device).to(self.vae.dtype)
+        z = self.vae.encode(pixels).latent_dist.mode().float()
+        return (z - (config.shift_factor or 0)) * config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, captions):
-        """n captions -> {"encoder_hidden_states": (n, L, D)}, with SDXL also {"text_embeds": (n, P)}."""
-        hidden, xl = [], len(self.encoders) == 2
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders):
-            ids = tokenizer(
-                captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                return_tensors="pt",
-            ).input_ids.to(self.device)  # fmt: skip
-            out = encoder(ids, output_hidden_states=xl)
-            hidden.append(out.hidden_states[-2] if xl else out.last_hidden_state)
-        cond = {"encoder_hidden_states": torch.cat(hidden, -1)} | (
-            {"text_embeds": out.text_embeds} if xl else {}
-        )
-        if self.zero_empty:
-            keep = torch.tensor([float(c != "") for c in captions]).to(self.device, self.dtype)
-            cond = {k: v * keep.view(-1, *[1] * (v.dim() - 1)) for k, v in cond.items()}
+        """n captions -> {"encoder_hidden_states": (n, L, D)}, SDXL's {"text_embeds": (n, P)} too,
+        in the run's dtype; exactly what the stock pipeline's sampling gives the UNet."""
+        captions = list(captions)
+        device = self.encoders[0].device
+        guidance = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        out = self.pipe.encode_prompt(captions, device=device, **guidance)
+        cond = {"encoder_hidden_states": out[0]}
+        if len(self.encoders) == 2:
+            cond["text_embeds"] = out[2]
+            # Where the pipeline guides without a prompt it puts zeros for it: a dropped caption
+            # has to look the same in training
+            if self.pipe.config.force_zeros_for_empty_prompt:
+                empty = [i for i, caption in enumerate(captions) if caption == ""]
+                for value in cond.values():
+                    value[empty] = 0
         return cond
 
-    def encode(self, batch):
-        """A batch of B rows with K images each -> (x0 (N = K B, 4, h, w): all images 0, then all images 1;
-        condition: dict of (N, ...) tensors). What comes from the cache is encoded already."""
-
-        def images_first(x):  # (B, K, ...) -> (K B, ...)
-            return x.transpose(0, 1).flatten(0, 1).to(self.device, non_blocking=True)
-
-        cached, x = "encoder_hidden_states" in batch, images_first(batch["image"])
-        names = ("encoder_hidden_states", "text_embeds")
-        cond = {k: batch[k] for k in names if k in batch} if cached else self.encode_prompts(batch["caption"])
-        images = batch["image"].shape[1]
-        cond = {k: v.to(self.device).repeat(images, *[1] * (v.dim() - 1)) for k, v in cond.items()}
-        if "text_embeds" in cond:  # SDXL is told each image's size and crop
-            cond["time_ids"] = images_first(batch["size"])
-        return x.float() if cached else self.encode_images(x), cond
+    def free_encoders(self):
+        """Move the VAE and the text encoders to the CPU, once all latents and embeddings are made.
+        They still work there, slowly."""
+        for part in (self.vae, *self.encoders):
+            part.to("cpu")
 
     def predict(self, unet, xt, t, cond):
-        """The UNet's own output for xt (N, 4, h, w) at t (N,), fp32, under the run's autocast."""
+        """The UNet's own output (N, C, h, w) for xt at timesteps t (N,), in fp32.
+
+        cond: encoder_hidden_states (N, L, D), for SDXL also text_embeds (N, P) and time_ids (N, 6):
+        height and width, crop's top and left, target height and width.
+        """
         self.calls += len(xt)
-        added = {k: v for k, v in cond.items() if k != "encoder_hidden_states"} or None
-        # an autocast region a call: a longer one would reuse weights cast under no_grad, without gradient
+        t = to_device(t, xt.device)
+        added = {name: value for name, value in cond.items() if name != "encoder_hidden_states"}
+        # One autocast region per call. A longer one would cache weights that were cast under
+        # no_grad, and a later call would use these and give no gradient.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = unet(xt, t.to(xt.device), cond["encoder_hidden_states"], added_cond_kwargs=added)
-        return out.sample.float()
+            hidden = cond["encoder_hidden_states"]
+            out = unet(xt, t, hidden, added_cond_kwargs=added or None).sample
+        return out.float()
 
     def predict_eps(self, unet, xt, t, cond):
-        """`predict` as noise: eps = sqrt(ab) v + sqrt(1 - ab) xt (arXiv 2202.00512)."""
+        """`predict` as noise: eps = sqrt(ab) v + sqrt(1 - ab) xt (arXiv 2202.00512, App. D)."""
         out = self.predict(unet, xt, t, cond)
         if self.prediction == "epsilon":
             return out
-        ab = _at(self.alpha_bar, t.cpu(), xt)
+        ab = self._alpha_bar_at(t, xt)
         return ab.sqrt() * out + (1 - ab).sqrt() * xt
 
     def target(self, x0, eps, t):
         """What `predict` should answer: eps, or v = sqrt(ab) eps - sqrt(1 - ab) x0."""
         if self.prediction == "epsilon":
             return eps
-        ab = _at(self.alpha_bar, t.cpu(), x0)
+        ab = self._alpha_bar_at(t, x0)
         return ab.sqrt() * eps - (1 - ab).sqrt() * x0
 
+    def _alpha_bar_at(self, t, like):
+        # The table lies where t does: neither has to travel, and nothing waits for the GPU
+        table = self.alpha_bar if t.device.type == "cpu" else self._device_alpha_bar
+        return alpha_bar_at(table, t, like)
 
-def take(cond, rows):
-    """The condition of some of the samples."""
-    return {k: v[rows] for k, v in cond.items()}
+
+def index_condition(cond, idx):
+    """The condition of some of the samples; idx: (n,) long or a slice."""
+    return {name: value[idx] for name, value in cond.items()}
 
 
-def reference_unet(models, cfg):
-    """A frozen copy of the start UNet, made before a checkpoint is loaded. It computes exactly what the
-    trained one does, since beta in the thousands would make a difference in rounding a preference: what
-    autocast casts anyway is kept cast, which saves memory; the norms stay fp32."""
-    ref = copy.deepcopy(models.unet).requires_grad_(False)
-    for module in ref.modules():
+def frozen_copy(models, cfg):
+    """A copy of the UNet for calls without gradient: the reference, or the policy of a rollout.
+
+    What autocast casts at every call (SD1.5: 5.2 GB of traffic) is kept cast, the norms stay fp32.
+    So it computes bit for bit what the trained UNet does: beta in the thousands would make a
+    difference in rounding a preference.
+    """
+    frozen = copy.deepcopy(models.unet).requires_grad_(False)
+    for module in frozen.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             module.to(models.dtype)
     if cfg.compile:
-        ref.compile()  # in place: its weights keep their names, also in a checkpoint (DRO's policy)
-    return ref
+        frozen.compile()  # in place: the weights keep their names, also in a checkpoint
+    return frozen
+
+
+def reference_unet(models, cfg):
+    """The frozen initial UNet, to be called like a UNet without gradient. To be made before a
+    checkpoint is loaded. With --lora it is the trained UNet without its adapter: no second copy."""
+    return LoraView(models.unet, None) if cfg.lora else frozen_copy(models, cfg)
+
+
+def policy_unet(models, cfg):
+    """A copy of the trained UNet that `copy_weights` refreshes: DRO's policy. With --lora it is a
+    second adapter of the same UNet."""
+    if not cfg.lora:
+        return frozen_copy(models, cfg)
+    add_adapter(models.unet, cfg.lora, cfg.seed, "policy")
+    models.unet.set_adapter("default")
+    return LoraView(models.unet, "policy")
+
+
+# --------------------------------------------------------------------------------------- LoRA
+LORA_MODULES = [
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+]  # the attention layers, as diffusers' own scripts
+
+
+def freeze_and_add_lora(models, cfg):
+    """Train low-rank adapters (arXiv 2106.09685) in place of all weights: W x + B A x, with W
+    frozen in the autocast dtype and A (rank, in), B (out, rank) in fp32. B starts at 0, so nothing
+    changes yet."""
+    models.unet.requires_grad_(False)
+    for module in models.unet.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.to(models.dtype)
+    add_adapter(models.unet, cfg.lora, cfg.seed, "default")
+
+
+def add_adapter(unet, rank, seed, name):
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError("--lora needs the package peft: pip install peft") from error
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_MODULES
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=name)
+    for key, weight in unet.named_parameters():
+        if f".{name}." in key:
+            weight.data = weight.data.float()
+
+
+class LoraView:
+    """A UNet with another of its adapters active, or with none (name=None), for calls without
+    gradient.
+
+    Gradient checkpointing runs parts of the trained forward again during the backward pass, with
+    whatever adapter is active then. So each call here ends with the trained adapter active
+    again."""
+
+    def __init__(self, unet, name):
+        self.unet = unet
+        self.name = name
+
+    def __call__(self, *args, **kwargs):
+        if self.name is None:
+            self.unet.disable_adapters()
+        else:
+            self.unet.set_adapter(self.name)
+        try:
+            return self.unet(*args, **kwargs)
+        finally:
+            self.unet.enable_adapters()
+            self.unet.set_adapter("default")
+
+    def parameters(self):
+        return [weight for key, weight in self.unet.named_parameters() if f".{self.name}." in key]
+
+    def state_dict(self):
+        return {str(i): weight for i, weight in enumerate(self.parameters())}
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            for i, weight in enumerate(self.parameters()):
+                weight.copy_(state[str(i)])
 
 
 @torch.no_grad()
 def copy_weights(source, target):
+    """Refresh a frozen copy, or an adapter, from the trained UNet; each weight keeps its dtype."""
+    if isinstance(target, LoraView):
+        source = LoraView(source, "default")
     torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
 
 
-def first_line(error):
-    return str(error).strip().split("\n")[0][:200]
+def save_lora(models, folder):
+    """Write the trained adapter twice: as diffusers' pipe.load_lora_weights reads it, and in the
+    key layout of kohya's scripts, which other user interfaces read."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(models.unet, adapter_name="default")
+    layers = {f"unet.{name}": value.cpu().contiguous() for name, value in layers.items()}
+    folder.mkdir()
+    save_file(convert_state_dict_to_diffusers(layers), folder / "pytorch_lora_weights.safetensors")
+    save_file(convert_state_dict_to_kohya(layers), folder / "kohya.safetensors")
 
 
-def named(error):
-    return f"{type(error).__name__}: {first_line(error)}"
+# -------------------------------------------------------------------------------- 6. data
+PAIR_COLUMNS = ("jpg_0", "jpg_1")
+IMAGE_COLUMNS = ("image",)
+
+# TRL's names for preference data, where the first image of a row is always the preferred one.
+TRL_COLUMNS = {"caption": "prompt", "jpg_0": "chosen", "jpg_1": "rejected"}
+
+# No other decoder of Pillow's is handed a stranger's bytes (EPS would start Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-# ------------------------------------------------------------------------------------------------------ data
-PART = 256  # raw rows a file, where a whole set is gone through
-PAIR, SINGLE = ("jpg_0", "jpg_1"), ("image",)  # the image columns of a set of pairs, and of a set of images
+def open_rows(path, flag="--data"):
+    """The rows of a data set, whatever it is stored as.
 
-
-def open_rows(path, columns, streaming=False):
-    """The rows of a parquet file, a folder of them (the train files, where names tell splits apart), an image
-    folder with metadata.jsonl, or a hub id, as a datasets.Dataset; streaming: as tidy rows (dicts) in order,
-    and nothing is copied. InputError if it cannot be read, is empty or lacks one of the columns."""
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-
-    place = Path(path)
-    files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place] if place.is_file() else []
-    files = [str(f) for f in files if f.name.startswith("train")] or [str(f) for f in files]
-    if not files and not place.is_dir() and (place.is_absolute() or path.count("/") != 1 or path[0] == "."):
-        raise InputError(f"--data {path} does not exist")
-    if not files and place.is_dir() and not (place / "metadata.jsonl").exists():
-        raise InputError(f"--data {path} holds neither parquet files nor a metadata.jsonl")
-    # all of an image folder: left to itself, `datasets` would take a train.json or test_1.png for a split
-    everything = {"data_files": {"train": f"{glob.escape(path)}/**"}}
-    what = ("parquet", {"data_files": files}) if files else ("imagefolder", everything)
-    what = what if files or place.is_dir() else (path, {})
+    path: a parquet file, a folder of them, an image folder with metadata.jsonl, or a hub id.
+    FOLDER:SPLIT and ID:SPLIT name a split; without one it is "train". flag: how messages call it.
+    Returns a RowSource. InputError if the set does not exist, cannot be read or has no rows.
+    """
+    path = str(path)
+    name = path
+    split = None
+    named = re.fullmatch(r"(.+):([\w.-]+)", path)
+    if named and not os.path.exists(path):
+        name, split = named.groups()
+    folder = Path(os.path.abspath(name))
     try:
-        rows = load_dataset(what[0], **what[1], split="train", streaming=streaming)
-        for name, feature in (rows.features or {}).items():
-            if isinstance(feature, ImageFeature):  # bytes: one that does not decode costs its row alone
-                rows = rows.cast_column(name, ImageFeature(decode=False))
-        first = next(iter(rows), None)
-    except Exception as error:  # datasets raises its own errors, pyarrow's and the hub's
-        raise InputError(f"--data {path} cannot be read: {first_line(error)}") from error
-    if first is None:
-        raise InputError(f"--data {path} has no rows")
-    if missing := [c for c in columns if c not in first]:
-        raise InputError(f"--data {path} has no column {', '.join(missing)} (it has {', '.join(first)})")
-    return stream(rows, path) if streaming else rows
-
-
-def stream(rows, path):
-    """Tidy rows. InputError that names the row where one is no good, or the file breaks off."""
-    number = 0
-    try:
-        for number, row in enumerate(rows):
-            yield tidy(row, number)
+        if os.path.isdir(name):
+            files = split_files(folder, split or "train")
+        elif os.path.isfile(name) and not split:
+            files = [folder]
+            folder = folder.parent
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith((".parquet", ".jsonl")):
+            return HubRows(path, flag, name, split or "train")
+        else:
+            exists = os.path.exists(name)
+            raise InputError("is neither a folder nor a file" if exists else "does not exist")
+        # A stray file of the other kind lies deeper than the set, or beside its metadata.jsonl.
+        top = min(files, key=lambda file: (len(file.parts), file.suffix != ".jsonl"))
+        kind = ImageFolderRows if top.suffix == ".jsonl" else ParquetRows
+        same_kind = [file for file in files if file.suffix == top.suffix]
+        return kind(path, flag, folder, same_kind)
     except InputError as error:
-        raise InputError(f"--data {path}: {error}") from error
-    except Exception as error:  # the same as above, but in the middle of the set
-        raise InputError(f"--data {path} cannot be read after row {number}: {first_line(error)}") from error
+        raise InputError(f"{flag} {path} {error}") from error
+    except Exception as error:  # pyarrow, datasets, the hub and json each raise their own
+        raise InputError(f"{flag} {path} cannot be read: {first_line(error)}") from error
 
 
-def tidy(row, number):
-    """A row with one text as its caption (of a list the first), and label 0.5 where nobody gave one."""
-    caption, label = row["caption"], row.get("label_0", 1)
-    caption = caption[0] if isinstance(caption, list) and caption else caption
-    label = 0.5 if row.get("has_label") is False else label
-    if not isinstance(caption, str):
-        raise InputError(f"the caption of row {number} (from 0) is no text: {caption!r}")
-    if label not in (0, 0.5, 1):
-        raise InputError(f"label_0 of row {number} (from 0) is {label!r}, not 0, 0.5 or 1")
-    return row | {"caption": caption} | ({"label_0": label} if "label_0" in row else {})
+def require_columns(source, columns):
+    """InputError if the source lacks one of the columns."""
+    missing = [name for name in columns if name not in source.raw_names]
+    if missing:
+        has = ", ".join(source.columns)
+        missing = ", ".join(missing)
+        raise InputError(f"{source.flag} {source.path} has no column {missing} (it has {has})")
 
 
-def raw_bytes(cell):
-    """An image cell (bytes, or datasets' {"bytes", "path"}) -> the image file's bytes, b"" if none."""
-    if isinstance(cell, dict):
-        if cell["bytes"] or not cell["path"]:
-            return cell["bytes"] or b""
-        with fsspec.open(cell["path"], "rb") as file:  # on the disk, or where the hub keeps it
-            return file.read()
-    return cell or b""
+def walk_files(folder):
+    """Paths of all files under a folder, sorted. Links are followed, but no folder is seen
+    twice."""
+    seen = set()
+    found = []
+    for base, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(base, name) for name in names]
+    return sorted(found)
 
 
-def decode_image(cell):
-    """An image cell -> PIL RGB: the first frame, turned as its EXIF says, on white where it is transparent;
-    None if it does not decode."""
+def split_files(folder, split):
+    """The parquet and metadata.jsonl files of one split of a folder, sorted.
+
+    `datasets` tells the splits apart. InputError where the split is missing or cannot be told: rows
+    of a test split are never trained on.
+    """
+    names = []
+    for file in walk_files(folder):
+        name = file.relative_to(folder)
+        # Hidden folders (caches) and __pycache__-like ones are no data, as for `datasets`.
+        hidden = any(part.startswith((".", "__")) for part in name.parts)
+        if not hidden and (file.suffix == ".parquet" or file.name == "metadata.jsonl"):
+            names.append(name.as_posix())
+    if not names:
+        raise InputError("holds neither parquet files nor a metadata.jsonl")
+    splits = tell_splits(folder, names)
+    if split not in splits:
+        found = ", ".join(splits)
+        raise InputError(f"has no split {split}, only {found} (FOLDER:SPLIT names one)")
+    for other in splits.keys() - {split}:
+        both = sorted(set(splits[split]) & set(splits[other]))
+        if both:
+            raise InputError(f"has {both[0]} in both of the splits {split} and {other}")
+    return [folder / name for name in splits[split]]
+
+
+def tell_splits(folder, names):
+    """{split: sorted names}, as `datasets` tells them apart by the names of files and folders.
+
+    It is shown the names as empty files in memory: searching 100,000s of images for each of its
+    patterns would take minutes, and a picture called test_1.png is no split.
+    """
+    from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern
+
+    memory = fsspec.filesystem("memory")
+    base = f"/{uuid.uuid4().hex}"
+    for name in names:
+        memory.pipe_file(f"{base}/{name}", b"")
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw_bytes(cell))))
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8, not scale
-            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception:  # Pillow's readers raise nearly anything
+        patterns = declared_patterns(folder) or get_data_patterns(f"memory:/{base}")
+        splits = {}
+        for split, alternatives in patterns.items():
+            found = set()
+            for pattern in alternatives:
+                try:
+                    found.update(resolve_pattern(pattern, f"memory:/{base}"))
+                except FileNotFoundError:  # one of several ways to name a split
+                    pass
+            splits[str(split)] = sorted(name.partition(f"{base}/")[2] for name in found)
+    finally:
+        memory.rm(base, recursive=True)
+    if patterns == {"train": ["**"]}:  # no split is named: all is "train"
+        # `datasets` knows neither Test-0.parquet nor split=test/, and would train on both.
+        held_out = {word for split in ("validation", "test") for word in SPLIT_KEYWORDS[split]}
+        for name in names:
+            if held_out & set(re.split(r"[^a-z]+", name.lower())):
+                raise InputError(f"has splits that cannot be told apart ({name}): name a file")
+    return splits
+
+
+def declared_patterns(folder):
+    """{split: patterns} that a copy of a hub set declares in its README.md, or None."""
+    from datasets.data_files import sanitize_patterns
+    from huggingface_hub import DatasetCard
+
+    card = folder / "README.md"
+    if not card.is_file():
         return None
+    configs = DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs") or []
+    if len(configs) > 1:
+        names = ", ".join(str(config.get("config_name")) for config in configs)
+        raise InputError(f"holds several sets ({names}): name the folder of one")
+    if not configs or "data_files" not in configs[0]:
+        return None
+    return sanitize_patterns(configs[0]["data_files"])
 
 
-def square(image, side):
-    """PIL RGB -> (pixels (3, side, side) in [-1, 1], SDXL's six numbers: original height and width, crop top
-    and left, target height and width). The shorter side becomes `side` (bicubic), the middle is kept."""
-    width, height = (length * side // min(image.size) for length in image.size)  # rounded down, as CLIP's own
-    left, top = (width - side) // 2, (height - side) // 2
-    small = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, torch.tensor([image.height, image.width, top, left, side, side]).float()
+class RowSource:
+    """What open_rows returns. Subclasses read one kind of storage:
 
+    raw_rows(names, wanted) yields (number, {raw name: cell}); read_file(path, number) the bytes of
+    an image that a cell only names.
+    """
 
-def go_through(rows, folder, work, title, place):
-    """Call work(up to PART raw rows) -> dict of tensors over a whole set, once, each result a file of
-    `folder` with the rows' captions, labels and hash. A part that is there is not made again, and a whole set
-    not read again: this can be killed and restarted. The ranks take the parts in turn. Returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    iterator, files, whole = iter(rows), [], folder / "whole"
-    if agree(whole.exists()):
-        return sorted(folder.glob("part-*.safetensors"))
-    with tqdm(desc=title, unit=" rows", disable=not place.main) as bar:
-        while part := list(islice(iterator, PART)):
-            files.append(folder / f"part-{len(files):06d}.safetensors")
-            bar.update(len(part))
-            if (len(files) - 1) % place.world == place.rank and not files[-1].exists():
-                result = work(part)
-                result["label"] = torch.tensor([float(row.get("label_0", 1)) for row in part])
-                captions = json.dumps([row["caption"] for row in part])
-                write(files[-1], result, {"captions": captions, "hash": hash_rows(part)})
-    barrier()
-    if place.main:
-        whole.touch()
-    return files
-
-
-def write(path, tensors, metadata=None):
-    """save_file, but the name appears only when all of it is on the disk."""
-    try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, f"{path}.new", metadata)
-    except Exception as error:  # a full disk, above all: safetensors raises its own error
-        Path(f"{path}.new").unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {first_line(error)}") from error
-    os.replace(f"{path}.new", path)
-
-
-def write_text(path, text):
-    """The same for a text."""
-    Path(f"{path}.new").write_text(text)
-    os.replace(f"{path}.new", path)
-
-
-def read(files, *names):
-    """What go_through kept -> ({name: tensor over all raw rows}, captions, hash of all rows)."""
-    columns, captions, hashes = {name: [] for name in names}, [], ""
-    for file in files:
-        with safe_open(file, "pt") as part:
-            captions += json.loads(part.metadata()["captions"])
-            hashes += part.metadata()["hash"]
-            for name in names:
-                columns[name].append(part.get_tensor(name))
-    return {k: torch.cat(v) for k, v in columns.items()}, captions, sha256(hashes)
-
-
-def sha256(text):
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_rows(part):
-    """What scores belong to: the captions, labels and image byte lengths of some rows."""
-    cells = [[r["caption"], r.get("label_0"), *(len(raw_bytes(r[c])) for c in PAIR if c in r)] for r in part]
-    return sha256(json.dumps(cells))
-
-
-def layout(path, *layouts):
-    """The first of the layouts (PAIR, SINGLE) whose columns the set has; the first of all if none."""
-    first = next(iter(open_rows(path, ("caption",), streaming=True)))
-    return next((names for names in layouts if set(names) <= set(first)), layouts[0])
-
-
-def open_source(cfg, models, place, *layouts):
-    """The rows of cfg.data, cached or not, in the first of the layouts whose columns are there."""
-    images = layout(cfg.data, *layouts)
-    columns = ("caption", *images, *(("label_0",) if images == PAIR else ()))
-    return CachedRows(cfg, images, columns, models, place) if cfg.cache else ImageRows(cfg, images, columns)
-
-
-class ImageRows:
-    """Rows whose images are decoded anew each time they are met: what --workers are for.
-
-    A source has captions, labels (1 where a set has none) and good (False where an image is known not to
-    decode), all over the raw rows, hash() and get(row, caption, flip) -> item, or None if an image does not
-    decode."""
-
-    def __init__(self, cfg, images, columns):
-        self.rows, self.images, self.side = open_rows(cfg.data, columns), images, cfg.resolution
-        self.data = cfg.data
-        texts = self.rows.select_columns([c for c in self.rows.column_names if c not in images])
-        texts = list(stream(texts, cfg.data))
-        self.captions = [row["caption"] for row in texts]
-        self.labels = torch.tensor([float(row.get("label_0", 1)) for row in texts])
-        self.good = torch.ones(len(texts), dtype=torch.bool)
-
-    def hash(self):
-        rows, hashes = stream(self.rows, self.data), ""
-        while part := list(islice(rows, PART)):
-            hashes += hash_rows(part)
-        return sha256(hashes)
-
-    def get(self, row, caption, flip):
-        cells = [decode_image(self.rows[row][name]) for name in self.images]
-        if None in cells:
-            return None
-        pixels, sizes = zip(*(square(ImageOps.mirror(c) if flip else c, self.side) for c in cells))
-        return {"image": torch.stack(pixels), "size": torch.stack(sizes), "caption": caption}
-
-
-class CachedRows:
-    """A source whose latents and caption embeddings are computed once, into a folder named after all they
-    depend on, and read back through memory maps. The set is streamed: it may be larger than the disk."""
-
-    def __init__(self, cfg, images, columns, models, place):
-        self.images, self.maps = images, {}
-        settings = ("data", "model", "variant", "revision", "vae", "resolution", "flip", "precision")
-        about = {name: str(getattr(cfg, name)) for name in settings} | {"images": images}
-        parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        for path in (cfg.data, *(f"{cfg.model}/{part}" for part in parts), cfg.vae or "none"):
-            for file in [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.*")):
-                about[str(file)] = (file.stat().st_size, file.stat().st_mtime_ns)
-        folder = Path(cfg.cache) / sha256(json.dumps(about))[:16]
-        pool, blank = ThreadPoolExecutor(max(1, cfg.workers)), Image.new("RGB", (cfg.resolution,) * 2)
-
-        def load(cell):
-            image = decode_image(cell)
-            return *square(image or blank, cfg.resolution), image is not None
-
-        def encode(part):
-            found, size = {}, 16 if cfg.flip else 32
-            # always 32 images at once: kernels' last bits depend on the batch, a restart should not change
-            # them; and no more of them decoded than that: a part of large photographs would fill the memory
-            for name, chunk in ((n, part[i : i + size]) for n in images for i in range(0, len(part), size)):
-                pixels, sizes, good = zip(*pool.map(load, [row[name] for row in chunk]))
-                views = torch.stack(pixels)[:, None]  # (rows, 1 or 2, 3, R, R): as it is, mirrored
-                views = torch.cat([views, views.flip(-1)], 1) if cfg.flip else views
-                latents = models.encode_images(views.flatten(0, 1)).to(models.dtype)
-                found.setdefault(f"{name}.latent", []).append(latents.unflatten(0, views.shape[:2]))
-                found.setdefault(f"{name}.size", []).append(torch.stack(sizes))
-                found.setdefault(f"{name}.good", []).append(torch.tensor(good))
-            return {name: torch.cat(tensors) for name, tensors in found.items()}
-
-        self.files = go_through(
-            open_rows(cfg.data, columns, True), folder / "latents", encode, "latents", place
+    def __init__(self, path, flag, raw_columns):
+        self.path = path
+        self.flag = flag
+        self.columns = tuple(raw_columns)
+        self.raw_names = {name: name for name in raw_columns}
+        self.first_won = "jpg_0" not in raw_columns and set(TRL_COLUMNS.values()) <= set(
+            raw_columns
         )
-        columns, self.captions, self.rows_hash = read(self.files, "label", *(f"{i}.good" for i in images))
-        self.labels, self.good = columns["label"], torch.stack([columns[f"{i}.good"] for i in images]).all(0)
-        texts = sorted({"", *self.captions})
-        self.index = {caption: i for i, caption in enumerate(texts)}
-        self.texts = go_through(
-            ({"caption": c} for c in texts), folder / "captions",
-            lambda part: models.encode_prompts([row["caption"] for row in part]), "captions", place,
-        )  # fmt: skip
+        if self.first_won:
+            # There is no label to read: the prompt's column stands in, it is small.
+            mapped = TRL_COLUMNS | {"label_0": "prompt"}
+            others = [name for name in raw_columns if name not in {*mapped, *mapped.values()}]
+            self.columns = (*mapped, *others)
+            self.raw_names |= mapped
 
-        for module in (models.vae, *models.encoders):  # their work is done
-            module.to("cpu")
+    def rows(self, columns, wanted=None):
+        """Iterator of (number, row), in the set's order; number counts all rows, from 0.
 
-    def hash(self):
-        return self.rows_hash
+        wanted: row numbers (n,) int64, None for all; the other rows are skipped. row has exactly
+        `columns`: caption str; label_0 0.0, 0.5 or 1.0 (0.5 also where has_label is false); jpg_0,
+        jpg_1 and image bytes (b"" where the cell is empty); anything else as it is stored.
+        InputError for a missing column at once; for a bad cell, or a file that breaks off, there.
+        """
+        require_columns(self, columns)
+        names = [self.raw_names[name] for name in columns]
+        if "label_0" in columns:
+            names.append("has_label")
+        wanted = None if wanted is None else np.unique(wanted)
+        return self.checked_rows(tuple(columns), list(dict.fromkeys(names)), wanted)
 
-    def read(self, files, row):
-        file = files[row // PART]
-        if file not in self.maps:  # tensors over memory maps: nothing is read before it is asked for
-            with safe_open(file, "pt") as part:
-                self.maps[file] = {k: part.get_tensor(k) for k in part.keys() if k != "label"}
-        return {k: tensor[row % PART] for k, tensor in self.maps[file].items()}
+    def checked_rows(self, columns, names, wanted):
+        number = -1
+        try:
+            for number, raw in self.raw_rows(names, wanted):
+                yield number, self.normalise_row(raw, columns, number)
+        except InputError as error:
+            raise InputError(f"{self.flag} {self.path}: {error}") from error
+        except Exception as error:  # pyarrow, datasets, the hub and json each raise their own
+            after = f" after row {number}" if number >= 0 else ""
+            what = f"{self.flag} {self.path} cannot be read{after}"
+            raise InputError(f"{what}: {first_line(error)}") from error
 
-    def get(self, row, caption, flip):
-        cells = self.read(self.files, row)
-        image = torch.stack([cells[f"{name}.latent"][int(flip)] for name in self.images])
-        size = torch.stack([cells[f"{name}.size"] for name in self.images])
-        return self.read(self.texts, self.index[caption]) | {"image": image, "size": size, "caption": caption}
+    def normalise_row(self, raw, columns, number):
+        row = {}
+        for name in columns:
+            cell = raw[self.raw_names[name]]
+            if name == "caption":
+                cell = normalise_caption(cell, number)
+            elif name == "label_0":
+                label = 1.0 if self.first_won else cell
+                cell = normalise_label(label, raw.get("has_label"), number)
+            elif name in PAIR_COLUMNS or name in IMAGE_COLUMNS:
+                cell = self.image_bytes(cell, name, number)
+            row[name] = cell
+        return row
 
-
-class Samples(torch.utils.data.Dataset):
-    """Item k is the k-th sample of the whole run. Which row it is, and each of its random draws, follow from
-    the seed and k alone: not from the number of GPUs, of workers or of restarts.
-
-    usable: mask over the source's rows. An item has image (K, C, H, W) pixels or latents, caption, t, noise,
-    its index k, and its row's value of each of `extra`, tensors over all rows."""
-
-    def __init__(self, source, usable, cfg, models, **extra):
-        if not usable.any():
-            raise InputError(f"--data {cfg.data}: no row is left to train on")
-        self.source, self.usable, self.cfg, self.extra = source, usable.nonzero()[:, 0], cfg, extra
-        side = cfg.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
-        self.latent, self.T = (models.vae.config.latent_channels, side, side), len(models.alpha_bar)
-        self.epoch, self.order = None, None
-
-    def row(self, k):
-        epoch, i = divmod(k, len(self.usable))
-        if epoch != self.epoch:
-            random = generator(self.cfg.seed, "order", epoch)
-            self.epoch, self.order = epoch, self.usable[torch.randperm(len(self.usable), generator=random)]
-        return int(self.order[i])
-
-    def __getitem__(self, k):
-        random = generator(self.cfg.seed, "sample", k)
-        t, noise = torch.randint(self.T, (), generator=random), torch.randn(self.latent, generator=random)
-        rates = torch.tensor([self.cfg.caption_dropout, 0.5 * self.cfg.flip])
-        drop, flip = (torch.rand(2, generator=random) < rates).tolist()
-        for bad in range(1000):  # a row with an image that does not decode gives way to the next
-            row = self.row(k + bad)
-            item = self.source.get(row, "" if drop else self.source.captions[row], flip)
-            if item is not None:
-                extra = {name: values[row] for name, values in self.extra.items()}
-                return item | extra | {"index": k, "t": t, "noise": noise, "bad": bad}
-        raise InputError(f"--data {self.cfg.data}: of 1,000 rows one after the other no image decodes")
+    def image_bytes(self, cell, name, number):
+        if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
+            # `datasets` reads a path only where there are no bytes: most cells have both.
+            if cell.get("bytes") is None and cell.get("path"):
+                return self.read_file(cell["path"], f"{name} of row {number} (from 0)")
+            cell = cell.get("bytes")
+        if cell is None:
+            return b""
+        if not isinstance(cell, (bytes, bytearray, memoryview)):
+            kind = "text" if isinstance(cell, str) else f"a {type(cell).__name__}"
+            raise InputError(f"{name} of row {number} (from 0) is {kind}, not an image's bytes")
+        return bytes(cell)
 
 
-# ---------------------------------------------------------------------------------------------------- reward
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
-
-
-def clip_pixels(images, size=224, mean=CLIP_MEAN, std=CLIP_STD):
-    """PIL images -> (N, 3, size, size) as CLIP wants them (arXiv 2103.00020): shorter side to `size`,
-    bicubic, centre crop, normalised."""
-    pixels = torch.stack([square(image.convert("RGB"), size)[0] for image in images]) / 2 + 0.5
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def load_reward(path, processor=None, device="cpu", dtype=torch.float32):
-    """A reward model in PickScore's layout (a CLIPModel; arXiv 2305.01569): folder or hub id, its tokenizer
-    and image settings from `processor` (default: the same place). Returns score(images: N PIL, prompts: N
-    texts) -> (N,) fp32 on the CPU: exp(logit_scale) * cosine, about 20 for PickScore_v1. InputError if it
-    cannot be loaded."""
-    from transformers import AutoTokenizer, CLIPModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
+def normalise_caption(caption, number):
+    """One text; the first of a list of them."""
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    if not isinstance(caption, str):
+        shown = repr(caption)[:80]
+        raise InputError(f"the caption of row {number} (from 0) is no text: {shown}")
     try:
-        model = CLIPModel.from_pretrained(path, use_safetensors=True).to(dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(processor or path)
-        settings = CLIPImageProcessorPil.from_pretrained(processor or path)
-    except Exception as error:  # safetensors and the hub raise their own
-        raise InputError(f"reward model {path} cannot be loaded: {first_line(error)}") from error
-
-    @torch.no_grad()
-    def score(images, prompts):
-        pixels = clip_pixels(images, settings.crop_size["height"], settings.image_mean, settings.image_std)
-        # padded to full length always, as PickScore's own code does
-        words = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        out = model(input_ids=words.input_ids.to(device), pixel_values=pixels.to(device, dtype))
-        image, text = (F.normalize(e.float(), dim=-1) for e in (out.image_embeds, out.text_embeds))
-        return (model.logit_scale.float().exp() * (image * text).sum(-1)).cpu()
-
-    return score
+        caption.encode()
+    except UnicodeEncodeError:  # half of an emoji, which JSON can hold and a tokenizer cannot
+        shown = ascii(caption)[:80]
+        raise InputError(
+            f"the caption of row {number} (from 0) is no valid text: {shown}"
+        ) from None
+    return caption
 
 
-SCORES = ("score_0", "score_1", "key_0", "key_1")
-
-
-def item_key(row, name):
-    """64 bits that tell an (image, caption) item from others."""
-    digest = hashlib.blake2b(row["caption"].encode() + b"\0" + raw_bytes(row[name]), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-def score_pairs(path, score, out_file, name, unit, batch_size=32, place=None):
-    """Score both images of every raw row of a pair set, ties included, into one safetensors file: score_0 and
-    score_1 (rows,) fp32, NaN where an image does not decode, and each item's key. Its parts are kept beside
-    it until it is whole, so this can be restarted; a whole file is read, not made again. Returns load_scores
-    of it."""
-    place, out_file = place or setup(), Path(out_file)
-    parts, pool = out_file.with_name(f"{out_file.name}.{sha256(name)[:8]}.parts"), ThreadPoolExecutor(4)
-
-    def work(part):
-        keys = [[item_key(row, name) for row in part] for name in PAIR]
-        items = {key: (row, name) for name, ks in zip(PAIR, keys) for key, row in zip(ks, part)}  # each once
-        value = {}
-        for chunk in (list(items)[i : i + batch_size] for i in range(0, len(items), batch_size)):
-            images = dict(zip(chunk, pool.map(lambda key: decode_image(items[key][0][items[key][1]]), chunk)))
-            good = [key for key in chunk if images[key]]  # no more than a batch is decoded at a time
-            texts = [items[key][0]["caption"] for key in good]
-            value |= zip(good, score([images[key] for key in good], texts).tolist() if good else ())
-        scores = {f"score_{k}": torch.tensor([value.get(key, math.nan) for key in keys[k]]) for k in (0, 1)}
-        return scores | {f"key_{k}": torch.tensor(keys[k]) for k in (0, 1)}
-
-    if not out_file.exists():
-        rows = open_rows(path, ("caption", *PAIR, "label_0"), streaming=True)
-        files = go_through(rows, parts, work, f"scores by {name}", place)
-        if place.main:
-            columns, _, data = read(files, *SCORES)
-            write(out_file, columns, {"scorer": name, "unit": unit, "data": data})
-            shutil.rmtree(parts)
-        barrier()
-    return load_scores(out_file)
-
-
-def load_scores(path, source=None):
-    """A scores file -> {"score_0", "score_1"} (rows,) fp32 and {"key_0", "key_1"} (rows,) int64, equal where
-    image and caption are. InputError if it is none, or not of the source's rows."""
+def normalise_label(label, has_label, number):
+    """0.0, 0.5 or 1.0; 0.5, a tie, where has_label says in any spelling that nobody judged."""
+    if isinstance(has_label, bytes):
+        has_label = has_label.decode(errors="replace")
+    if str(has_label).strip().lower() in ("false", "0", "0.0", "no"):
+        return 0.5
     try:
-        with safe_open(path, "pt") as file:
-            scores, data = {k: file.get_tensor(k) for k in SCORES}, file.metadata()["data"]
-    except Exception as error:
-        raise InputError(f"--scores {path} is no scores file: {first_line(error)}") from error
-    if source and data != source.hash():
-        raise InputError(f"--scores {path} was made from other rows than --data")
-    if not any(scores[k].isfinite().any() for k in SCORES[:2]):
-        raise InputError(f"--scores {path}: not one score is finite")
-    return scores
+        value = float(label)  # of an int, a bool, a Decimal or a text, too
+    except (TypeError, ValueError, OverflowError):
+        value = None
+    if value not in (0, 0.5, 1):
+        shown = repr(label)[:80]
+        raise InputError(f"label_0 of row {number} (from 0) is {shown}, not 0, 0.5 or 1")
+    return value
 
 
-def open_scores(cfg, models, place, source=None):
-    """Where the pairs of cfg.data have their scores from: --scores, or --reward, which scores each pair once
-    into the output folder. What can be wrong is refused here, before that folder is taken; the scoring waits
-    in the function that is returned, which gives what load_scores gives."""
-    if cfg.scores:
-        scores = load_scores(cfg.scores, source)
-        return lambda: scores
-    score = load_reward(cfg.reward, cfg.reward_processor, place.device, models.dtype)
-    kept, unit = Path(cfg.out) / "scores.safetensors", "exp(logit_scale) * cosine"
-    return lambda: score_pairs(cfg.data, score, kept, cfg.reward, unit, place=place)
-
-
-# -------------------------------------------------------------------------------------------------- training
-def check(cfg, place):
-    """Refuse what can be refused before anything is loaded or written."""
-    for field in dataclasses.fields(cfg):
-        value, wanted = getattr(cfg, field.name), field.metadata.get("metavar")
-        if wanted and not RANGES[wanted](value):
-            raise InputError(f"--{field.name} must be {wanted}, it is {value}")
-    if cfg.resolution % 8:
-        raise InputError(f"--resolution must be a multiple of 8, it is {cfg.resolution}")
-    if cfg.batch % (cfg.micro_batch * place.world):
-        small = f"--micro_batch {cfg.micro_batch} x {place.world} (processes)"
-        raise InputError(f"--batch {cfg.batch} does not divide by {small}")
-    for name in ("model", "data"):
-        if not getattr(cfg, name):
-            raise InputError(f"--{name} is missing")
-    if cfg.eval_prompts:
-        try_judge(cfg)
-    out = Path(cfg.out).absolute()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--out {cfg.out} cannot be written: {there} is no folder that can be written to")
-    # a run that was killed at once left its unfinished config.json at most
-    if there != out or not any(file.name != "config.json.new" for file in out.iterdir()):
+def number_wanted(items, wanted):
+    """(number, item) of the wanted items; stops after the last of them."""
+    if wanted is None:
+        yield from enumerate(items)
         return
-    if not (cfg.resume or cfg.overwrite):
-        way = "--resume goes on, --overwrite starts over, or name another"
-        raise InputError(f"--out {cfg.out} exists: {way}")
-    try:
-        config = json.loads((out / "config.json").read_text())
-        assert "preset" in config
-    except (OSError, ValueError, AssertionError) as error:
-        raise InputError(f"--out {cfg.out} holds something else than a run: nothing is touched") from error
-    if cfg.resume:
-        given = [name for name, value in what_matters(cfg).items() if value is not None]
-        # what is not given may stand there resolved: Run.load sees to that
-        refuse_changes(cfg, {name: config[name] for name in given if name in config})
+    goals = iter(wanted.tolist())
+    goal = next(goals, None)
+    for number, item in enumerate(items):
+        if goal is None:
+            return
+        if number == goal:
+            yield number, item
+            goal = next(goals, None)
 
 
-def refuse_changes(cfg, settings):
-    """A run goes on with the settings it has, or not at all."""
-    now = what_matters(cfg)
-    for name, then in settings.items():
-        if now.get(name) != then:
-            raise InputError(f"--resume goes on with --{name} {then}, not {now.get(name)}: give the same")
+class LocalRows(RowSource):
+    """What parquet files and image folders share: files of one folder."""
+
+    def __init__(self, path, flag, folder, raw_columns):
+        super().__init__(path, flag, raw_columns)
+        self.folder = folder
+        self.real_folder = os.path.realpath(folder)
+
+    def read_file(self, file, what):
+        """Bytes of a file named by a cell, relative to the set's folder."""
+        real = os.path.realpath(os.path.join(self.folder, file))
+        # A cell is a stranger's: no file elsewhere, no device or pipe that never ends.
+        if not Path(real).is_relative_to(self.real_folder):
+            raise InputError(f"{what} lies outside the set's folder: {file}")
+        if not os.path.isfile(real):
+            exists = os.path.exists(real)
+            raise InputError(
+                f"{what} {'is no regular file' if exists else 'does not exist'}: {file}"
+            )
+        return Path(real).read_bytes()
 
 
-def read_prompts(cfg):
-    """The closing report's prompts. InputError where there are none."""
-    try:
-        lines = Path(cfg.prompts).read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--prompts {cfg.prompts} cannot be read: {first_line(error)}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"--prompts {cfg.prompts} holds no prompt")
+def files_fingerprint(files):
+    """A hash that changes whenever one of the files may have changed."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            stat = os.stat(file)
+        except OSError:  # a dangling link
+            digest.update(f"{file} is missing\n".encode(errors="surrogateescape"))
+            continue
+        # ctime and inode: copying a file may keep its mtime and its size.
+        facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update(f"{file} {facts}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class ParquetRows(LocalRows):
+    """Parquet files. `datasets` would hold a whole row group of images in memory, several times."""
+
+    def __init__(self, path, flag, folder, files):
+        self.files = files
+        self.group_ends = []  # for each file, where its row groups begin and end: [0, 32, 64, ...]
+        self.names_images = False
+        columns = None
+        for file in files:
+            try:
+                with pq.ParquetFile(file) as parquet:
+                    metadata = parquet.metadata
+                    names = parquet.schema_arrow.names
+                    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+                    self.names_images |= any(map(names_images, groups))
+                    self.group_ends.append(np.cumsum([0] + [group.num_rows for group in groups]))
+            except Exception as error:
+                raise InputError(f"cannot be read: {file.name}: {first_line(error)}") from error
+            if metadata.num_rows:  # an empty shard may lack anything
+                columns = [name for name in columns or names if name in names]
+        if columns is None:
+            raise InputError("has no rows")
+        super().__init__(path, flag, folder, columns)
+
+    def fingerprint(self):
+        """Changes whenever the set may have changed; None, not known, if it names image files."""
+        return None if self.names_images else files_fingerprint(self.files)
+
+    def raw_rows(self, names, wanted):
+        images = {self.raw_names.get(name) for name in (*PAIR_COLUMNS, *IMAGE_COLUMNS)}
+        batch_size = 16 if images & set(names) else 65536
+        start = 0
+        for file, ends in zip(self.files, self.group_ends):
+            keep = np.ones(ends[-1], bool)
+            if wanted is not None:
+                low, high = np.searchsorted(wanted, [start, start + ends[-1]])
+                keep[:] = False
+                keep[wanted[low:high] - start] = True
+            for position, row in read_parquet(file, ends, names, keep, batch_size):
+                yield start + position, row
+            start += int(ends[-1])
+
+
+def names_images(group):
+    """Whether cells {"bytes", "path"} of a row group may have no bytes: its images are
+    elsewhere."""
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.path_in_schema.endswith(".bytes"):
+            statistics = column.statistics
+            if statistics is None or statistics.null_count != 0:
+                return True
+    return False
+
+
+def read_parquet(file, ends, names, keep, batch_size):
+    """(position, row) of a file's rows where keep (rows,) is True; row groups without any are
+    skipped.
+
+    Memory is bounded by pages, not by row groups: a page is read as a whole, and pyarrow writes up
+    to 1,024 rows into one, so that of each image column about 2 x 1,024 images can be held.
+    """
+    groups = [i for i, (low, high) in enumerate(pairwise(ends)) if keep[low:high].any()]
+    if not groups:
+        return
+    positions = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in groups])
+    last = np.flatnonzero(keep)[-1]
+    # Without buffer_size, pyarrow would fetch a column of the row group at once.
+    with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
+        if parquet.metadata.num_rows != ends[-1]:
+            raise InputError(f"{file.name} changed while the set was read")
+        names = [name for name in names if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(batch_size, row_groups=groups, columns=names):
+            here = positions[: len(batch)]
+            positions = positions[len(batch) :]
+            chosen = np.flatnonzero(keep[here])
+            if len(chosen) < len(batch):
+                batch = batch.take(chosen)
+            yield from zip(here[chosen].tolist(), batch.to_pylist())
+            if here[-1] >= last:
+                return
+
+
+class ImageFolderRows(LocalRows):
+    """An image folder: a line of metadata.jsonl is a row, NAME_file_name names the file of NAME.
+
+    It is read line by line: `datasets` takes the first 10 MB's types for all, and makes 0.5 a 0.
+    """
+
+    def __init__(self, path, flag, folder, files):
+        self.files = files
+        self.folder = folder
+        first = next(self.lines(), None)
+        if first is None:
+            raise InputError("has no rows")
+        super().__init__(path, flag, folder, self.parse(*first))
+
+    def fingerprint(self):
+        """Changes whenever the set, or any other file of its folder, may have changed."""
+        return files_fingerprint(walk_files(self.folder))
+
+    def lines(self):
+        for file in self.files:
+            with open(file, encoding="utf-8-sig") as lines:
+                yield from ((file, line) for line in lines if line.strip())
+
+    def parse(self, file, line):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise InputError(f"a line of {file.name} is no object: {line.strip()[:80]}")
+        cells = {}
+        for key, value in row.items():
+            name = "image" if key == "file_name" else key.removesuffix("_file_name")
+            if name != key:
+                path = value if value is None else str(file.parent / str(value))
+                value = {"bytes": None, "path": path}
+            cells[name] = value
+        return cells
+
+    def raw_rows(self, names, wanted):
+        for number, (file, line) in number_wanted(self.lines(), wanted):
+            row = self.parse(file, line)
+            for name in names:
+                if name not in row and name != "has_label":
+                    raise InputError(
+                        f"row {number} (from 0) has no {name} (it has {', '.join(row)})"
+                    )
+            yield number, row
+
+
+class HubRows(RowSource):
+    """A data set of the hub, streamed by `datasets`; pinned to the revision it has now."""
+
+    def __init__(self, path, flag, name, split):
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
+
+        try:
+            self.revision = HfApi().dataset_info(name).sha
+        except Exception:  # load_dataset says what is wrong
+            self.revision = None
+        stream = load_dataset(name, split=split, streaming=True, revision=self.revision)
+        if stream.features:
+            stream = stream.decode(
+                False
+            )  # images stay bytes: one that is broken costs its row alone
+        first = next(iter(stream), None)
+        if first is None:
+            raise InputError("has no rows")
+        self.stream = stream
+        self.name = name
+        super().__init__(path, flag, first)
+
+    def fingerprint(self):
+        """The revision; None if it is not known."""
+        return self.revision and f"{self.name}@{self.revision}"
+
+    def raw_rows(self, names, wanted):
+        names = [name for name in names if name in self.raw_names]
+        return number_wanted(self.stream.select_columns(names), wanted)
+
+    def read_file(self, file, what):
+        """Bytes of a file of the hub, which may lie in a zip file there."""
+        *inside, address = file.split("::")
+        zipped = all(part.startswith("zip://") for part in inside)
+        if not (address.startswith("hf://datasets/") and zipped):
+            raise InputError(f"{what} is not kept on the hub: {file}")
+        with fsspec.open(file, "rb") as opened:
+            return opened.read()
+
+
+def read_prompts(path, column="caption"):
+    """The prompts of a file or set, a list of texts.
+
+    path: a .txt file, one a line; .jsonl or .json: texts, or objects with `column`; in .json a list
+    of these or an object whose values they are (MJHQ-30K); or what open_rows reads. InputError if
+    it cannot be read, has no prompt, or one of them is no text.
+    """
+    path = str(path)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in (".txt", ".json", ".jsonl"):
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+            lines = [line for line in io.StringIO(text) if line.strip()]
+            if suffix == ".txt":
+                items = [line.strip() for line in lines]
+            elif suffix == ".jsonl":
+                items = [json.loads(line) for line in lines]
+            else:
+                items = json.loads(text)
+        except FileNotFoundError:
+            raise InputError(f"--prompts {path} does not exist") from None
+        except Exception as error:  # of the disk, the encoding or the JSON
+            raise InputError(f"--prompts {path} cannot be read: {first_line(error)}") from error
+        if isinstance(items, dict):
+            items = list(items.values())
+    else:
+        source = open_rows(path, "--prompts")
+        items = [row for _, row in source.rows((column,))]
+    if not isinstance(items, list) or not items:
+        raise InputError(f"--prompts {path} has no prompts")
+    prompts = []
+    for number, item in enumerate(items):
+        if isinstance(item, dict):
+            if column not in item:
+                has = ", ".join(item)
+                raise InputError(f"--prompts {path}: row {number} has no {column} (it has {has})")
+            item = item[column]
+        try:
+            prompts.append(normalise_caption(item, number))
+        except InputError as error:
+            raise InputError(f"--prompts {path}: {error}") from error
     return prompts
 
 
-def try_judge(cfg):
-    """A judge that is not there or does not work should say so before the training, not after it."""
-    import eval as evaluation
+# ---------------------------------------------------------------------------------------- images
+def decode_image(cell):
+    """An image file's bytes, or a cell {"bytes": ...}, as a PIL image in RGB; None if not
+    decodable.
 
-    blank, prompts = Image.new("RGB", (cfg.resolution,) * 2), read_prompts(cfg)
-    if cfg.judge:
-        evaluation.load_scorer(cfg.judge, device="cpu")([blank], prompts[:1])
+    For animations, the first frame is used. The EXIF rotation is applied, transparency becomes
+    white, 16-bit greys are scaled. None also where the pixels' range is not known (32-bit integers
+    and floats) and beyond 89 million pixels, where a small file may fill the memory.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS or image.mode in ("I", "F"):
+            return None
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF data says nothing about the pixels
+            pass
+        if image.mode.startswith("I;16"):
+            transparent = image.info.get("transparency")
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if isinstance(transparent, int):
+                image.info["transparency"] = transparent // 257
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except Exception:  # Pillow's decoders raise nearly anything
+        return None
 
 
-def claim(cfg, place, usable=None):
-    """Take the output folder, now that models and data are known to be good. usable: mask of the rows."""
-    if usable is not None and not usable.any():
-        raise InputError(f"--data {cfg.data}: its {len(usable)} rows are all ties or have a broken image")
+def resize_and_crop(image, side):
+    """A PIL image in RGB as the square that a model sees.
+
+    The shorter side becomes `side` (bicubic), the middle of the longer one is kept. Returns pixels
+    (3, side, side) fp32 in [-1, 1], and SDXL's size conditioning (6,) fp32: original height and
+    width, crop top and left, target height and width.
+    """
+    shorter = min(image.size)
+    width = image.width * side // shorter  # rounded down, as transformers' CLIP processor does
+    height = image.height * side // shorter
+    left = (width - side) // 2
+    top = (height - side) // 2
+    if max(width, height) <= 16 * side:
+        small = image.resize((width, height), Image.Resampling.BICUBIC)
+        small = small.crop((left, top, left + side, top + side))
+    else:
+        # 1 x 30,000 pixels would become 512 x 15,360,000: only the part that is kept is resized.
+        # Pillow holds the box in single precision, so this would differ slightly for all images.
+        across = image.width / width
+        down = image.height / height
+        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        small = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
+    sizes = [image.height, image.width, top, left, side, side]
+    return pixels, torch.tensor(sizes, dtype=torch.float32)
+
+
+# What a run will see is encoded once, ahead of the training, and kept in --cache. Everything there
+# is stored under a key of the content it was made from. So nothing in it can be out of date, an
+# image that stands in several pairs is encoded once, and runs share what they have in common.
+ROWS_PER_SHARD = 256  # rows of a cache file: what a killed run loses at the most
+ENCODE_BATCH = 16  # images or captions that are encoded at once
+
+
+def content_key(content):
+    """64 bits that tell this content (bytes) from any other, as an int64. Never 0."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True) or 1
+
+
+def image_key(content, mirrored=False):
+    """The key of an image file's bytes. Its mirror image has the key with all bits inverted."""
+    key = content_key(content)
+    return ~key if mirrored else key
+
+
+def caption_key(caption):
+    return content_key(caption.encode())
+
+
+def item_key(image_keys, caption_keys):
+    """The key of an (image, caption) item, which is what a reward model scores: ints or tensors."""
+    return image_keys ^ caption_keys
+
+
+class TensorStore:
+    """Rows of tensors under int64 keys, in a folder of safetensors files ("shards").
+
+    Runs can fill one folder at the same time: each writes files of its own. A file that is missing
+    is as if it had never been written; one that is damaged is named and removed, and what it held
+    is made again. Each row has a checksum, since damage in the middle of a file would not show
+    otherwise.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder, age=24 * 3600)  # younger ones may be another run's
+        self.files = []
+        self.tensors = {}  # file -> its tensors over a memory map, opened when first read
+        self.keys = np.empty(0, np.int64)  # sorted
+        self.places = np.empty(
+            0, np.int64
+        )  # where each key's row is: file number * ROWS_PER_SHARD + row
+        self.undecodable = np.empty(0, np.int64)  # sorted keys of images that no decoder could read
+        self.refresh()
+
+    def refresh(self):
+        """Take in the files that were written since, by this process or by others."""
+        known = set(self.files)
+        keys, places, undecodable = [self.keys], [self.places], [self.undecodable]
+        for file in sorted(self.folder.glob("*.safetensors")):
+            if file in known:
+                continue
+            try:
+                with safe_open(file, "np") as shard:
+                    row_keys = shard.get_tensor("key").reshape(-1)
+                    bad_keys = shard.get_tensor("undecodable").reshape(-1)
+                if row_keys.dtype != np.int64 or len(row_keys) > ROWS_PER_SHARD:
+                    raise ValueError("it is none of ours")
+            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                self.discard(file, error)
+                continue
+            keys.append(row_keys)
+            places.append(len(self.files) * ROWS_PER_SHARD + np.arange(len(row_keys)))
+            undecodable.append(bad_keys)
+            self.files.append(file)
+        keys = np.concatenate(keys)
+        order = np.argsort(keys, kind="stable")
+        self.keys = keys[order]
+        self.places = np.concatenate(places)[order]
+        self.undecodable = np.unique(np.concatenate(undecodable))
+
+    def discard(self, file, error):
+        print(f"{file} is damaged ({first_line(error)}): what it held is made again", flush=True)
+        file.unlink(missing_ok=True)
+
+    def find(self, keys):
+        """Keys (n,) int64 numpy -> where their rows are (n,), -1 where a row is missing."""
+        if not len(self.keys):
+            return np.full(len(keys), -1)
+        nearest = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[nearest] == keys, self.places[nearest], -1)
+
+    def read(self, keys):
+        """Keys (n,) -> {name: (n, ...) tensor on the CPU}. KeyError where a row is missing,
+        InputError where one is damaged: the file is then removed."""
+        rows = []
+        for key, place in zip(keys, self.find(keys)):
+            if place < 0:
+                raise KeyError(f"{self.folder} has no row {key}")
+            rows.append(self.read_row(*divmod(int(place), ROWS_PER_SHARD)))
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def read_row(self, number, row):
+        """One row of one file: {name: tensor}."""
+        file = self.files[number]
+        try:
+            if file not in self.tensors:
+                with safe_open(file, "pt") as shard:
+                    names = [name for name in shard.keys() if name not in ("key", "undecodable")]
+                    self.tensors[file] = {name: shard.get_tensor(name) for name in names}
+            tensors = dict(self.tensors[file])
+            checksum = int(tensors.pop("checksum")[row])
+            values = {name: tensor[row] for name, tensor in tensors.items()}
+        except (OSError, SafetensorError, KeyError, IndexError) as error:
+            self.discard(file, error)
+            raise InputError(
+                f"{file} was damaged and is removed: --resume makes it again"
+            ) from error
+        if checksum_of(values) != checksum:
+            self.discard(file, "its checksum is wrong")
+            raise InputError(f"{file} was damaged and is removed: --resume makes it again")
+        return values
+
+    def write(self, keys, tensors, undecodable=()):
+        """Add rows: keys (n,) list, {name: (n, ...) tensor}; and the keys of images without a
+        row."""
+        rows = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(keys))]
+        content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        content["key"] = torch.tensor(keys, dtype=torch.int64)
+        content["undecodable"] = torch.tensor(undecodable, dtype=torch.int64)
+        content["checksum"] = torch.tensor([checksum_of(row) for row in rows], dtype=torch.int64)
+        # The name follows from the content, so two runs that write the same write one file.
+        name = hashlib.blake2b(str([*keys, *undecodable]).encode(), digest_size=12).hexdigest()
+        with atomic(self.folder / f"{name}.safetensors") as temporary:
+            save_file(content, temporary)
+
+
+def checksum_of(row):
+    """The CRC-32 of a row's tensors, in the order of their names."""
+    total = 0
+    for name in sorted(row):
+        content = row[name].cpu().contiguous().view(-1).view(torch.uint8)
+        total = zlib.crc32(content.numpy(), total)
+    return total
+
+
+def prefetch(items, load, workers):
+    """(key, load(content)) of each of the (key, content) items, in their order. Threads load a few
+    items ahead, while the caller's model works on those before."""
+    futures = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for key, content in items:
+            futures.append((key, pool.submit(load, content)))
+            if len(futures) > 2 * ENCODE_BATCH:
+                key, future = futures.popleft()
+                yield key, future.result()
+        while futures:
+            key, future = futures.popleft()
+            yield key, future.result()
+
+
+def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
+    """Compute what a store lacks. This can be killed and started again: finished shards are kept.
+
+    items: (key, content) of this rank's rows; load(content) -> something to encode, or None if it
+    does not decode (in threads); encode(list of ENCODE_BATCH loaded) -> {name: (ENCODE_BATCH,
+    ...)}. A batch always has that size, the last one by repetition: the last bits of a kernel's
+    result depend on the batch size, and a row should not depend on the rows that came with it."""
+    keys, batch, encoded, undecodable = [], [], [], []
+
+    def encode_batch():
+        padded = batch + batch[-1:] * (ENCODE_BATCH - len(batch))
+        result = encode(padded)
+        encoded.append({name: tensor[: len(batch)].cpu() for name, tensor in result.items()})
+        batch.clear()
+
+    def write_shard():
+        if batch:
+            encode_batch()
+        names = encoded[0] if encoded else ()
+        store.write(keys, {k: torch.cat([e[k] for e in encoded]) for k in names}, undecodable)
+        for rows in (keys, encoded, undecodable):
+            rows.clear()
+
+    with tqdm(desc=title, total=total, unit="row", disable=not dist_info.is_main) as bar:
+        for key, loaded in prefetch(items, load, workers):
+            if loaded is None:
+                undecodable.append(key)
+            else:
+                keys.append(key)
+                batch.append(loaded)
+            if len(batch) == ENCODE_BATCH:
+                encode_batch()
+            if len(keys) == ROWS_PER_SHARD:
+                write_shard()
+            bar.update()
+        if keys or undecodable:
+            write_shard()
+
+
+class RowTable:
+    """What is known of a set's R rows without opening an image, and the keys of the images that
+    were read before: labels (R,) fp32, caption_keys (R,) and image_keys (R, K) int64, 0 where not
+    read yet.
+
+    It is kept in --cache. At the next start, files of the same sizes, times and inodes (or the
+    hub's revision) mean that it still holds; otherwise it is made anew, and the images are read
+    again."""
+
+    def __init__(self, cfg, dist_info, *layouts):
+        """layouts: PAIR_COLUMNS and/or IMAGE_COLUMNS; the first whose columns the set has is
+        taken."""
+        self.source = open_rows(cfg.data)
+        has = set(self.source.columns)
+        self.image_columns = next((names for names in layouts if set(names) <= has), layouts[0])
+        self.columns = (
+            ("caption", "label_0") if self.image_columns == PAIR_COLUMNS else ("caption",)
+        )
+        require_columns(self.source, (*self.columns, *self.image_columns))
+        self.dist_info = dist_info
+        about = json.dumps(
+            [os.path.abspath(self.source.path), self.source.path, self.image_columns]
+        )
+        self.file = Path(cfg.cache) / "rows" / f"{content_key(about.encode()):+x}.safetensors"
+        self.fingerprint = broadcast_from_main(
+            self.source.fingerprint() if dist_info.is_main else None
+        )
+        if broadcast_from_main(dist_info.is_main and not self.load()):
+            if dist_info.is_main:
+                self.scan()
+                self.save()
+            barrier()
+        if not self.load():
+            raise InputError(f"{self.file} cannot be read by every process: is --cache shared?")
+
+    def scan(self):
+        """Read captions and labels of all rows."""
+        labels, caption_keys = [], []
+        for _, row in self.source.rows(self.columns):
+            labels.append(row.get("label_0", 1.0))
+            caption_keys.append(caption_key(row["caption"]))
+        self.labels = torch.tensor(labels, dtype=torch.float32)
+        self.caption_keys = torch.tensor(caption_keys, dtype=torch.int64)
+        self.image_keys = torch.zeros(len(labels), len(self.image_columns), dtype=torch.int64)
+
+    def save(self):
+        tensors = {name: getattr(self, name) for name in ("labels", "caption_keys", "image_keys")}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(self.file) as temporary:
+            save_file(tensors, temporary, {"fingerprint": str(self.fingerprint)})
+
+    def load(self):
+        """Whether the kept table is there and of the set as it is now."""
+        try:
+            with safe_open(self.file, "pt") as file:
+                if file.metadata()["fingerprint"] != str(self.fingerprint):
+                    return False
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            self.labels = tensors["labels"]
+            self.caption_keys = tensors["caption_keys"]
+            self.image_keys = tensors["image_keys"]
+        except (OSError, SafetensorError, KeyError, TypeError):
+            return False
+        rows, sides = len(self.labels), len(self.image_columns)
+        return self.caption_keys.shape == (rows,) and self.image_keys.shape == (rows, sides)
+
+    def share_image_keys(self):
+        """Bring together what the ranks have read, and keep it."""
+        known = self.image_keys.nonzero()
+        found = all_gather_objects((known, self.image_keys[known[:, 0], known[:, 1]]))
+        for where, keys in found:
+            self.image_keys[where[:, 0], where[:, 1]] = keys
+        if self.dist_info.is_main and self.fingerprint is not None:
+            self.save()
+        barrier()
+
+    def my_rows(self, rows):
+        """This rank's part of some sorted rows: the ranks take blocks of 64 in turn."""
+        block = np.arange(len(rows)) // 64
+        return rows[block % self.dist_info.world_size == self.dist_info.rank]
+
+    def check_scores(self, scores, name):
+        """Refuse scores of other rows: each item has its key, and every image that was read is
+        compared."""
+        rows, sides = self.image_keys.shape
+        if len(scores["key_0"]) != rows:
+            raise InputError(f"--scores {name} has {len(scores['key_0'])} rows, --data has {rows}")
+        for side in range(sides):
+            keys = item_key(self.image_keys[:, side], self.caption_keys)
+            read = self.image_keys[:, side] != 0
+            other = (read & (keys != scores[f"key_{side}"])).nonzero()
+            if len(other):
+                row = int(other[0])
+                raise InputError(
+                    f"--scores {name} was made from other rows than --data: see row {row}"
+                )
+
+
+class SampleStream:
+    """Sample k of the whole run, for every k. Its row and all its random draws follow from the seed
+    and k alone: not from the number of GPUs or of restarts.
+
+    table: the set; train_mask (R,) bool: its rows to train on; sides (R, K) long: which images of a
+    row a sample has, in this order (e.g. the winner, then the loser); extra: more values by row,
+    (R,).
+
+    The constructor encodes what the run is going to meet and the cache lacks. A row with an image
+    that does not decode gives its place to the next row of the epoch's order."""
+
+    def __init__(self, cfg, dist_info, models, table, train_mask, sides, **extra):
+        self.cfg = cfg
+        self.dist_info = dist_info
+        self.models = models
+        self.table = table
+        self.sides = sides
+        self.extra = extra
+        self.train_rows = train_mask.nonzero()[:, 0].numpy()
+        if not len(self.train_rows):
+            raise InputError(
+                f"--data {cfg.data}: its {len(train_mask)} rows are all ties or broken"
+            )
+        self.latent_shape = models.latent_shape(cfg.resolution)
+        kind = f"{models.vae_hash[:16]}-{cfg.resolution}-{cfg.precision}"
+        self.latents = TensorStore(Path(cfg.cache) / f"latents-{kind}")
+        kind = f"{models.encoders_hash[:16]}-{cfg.precision}"
+        self.embeddings = TensorStore(Path(cfg.cache) / f"captions-{kind}")
+        self.flips = self.draw_flips()
+        self.rows = self.encode_what_is_met()
+        self.encode_captions()
+        models.free_encoders()  # their work is done: the memory is for the training
+
+    def draw_flips(self):
+        """(samples, K) bool: which images are mirrored. Drawn ahead, since the cache needs to
+        know."""
+        shape = (self.cfg.batch, self.sides.shape[1])
+        if not self.cfg.flip:
+            return np.zeros((self.cfg.steps * shape[0], shape[1]), bool)
+        steps = range(self.cfg.steps)
+        draws = [
+            torch.rand(shape, generator=generator(self.cfg.seed, "flip", s)) < 0.5 for s in steps
+        ]
+        return torch.cat(draws).numpy()
+
+    def encode_what_is_met(self):
+        """The row of each sample, (samples,), once every image of these rows is in the cache."""
+        while True:
+            rows = self.choose_rows()
+            to_read = broadcast_from_main(self.rows_to_read(rows))
+            if not len(to_read):
+                return rows
+            self.encode_images(rows, to_read)
+
+    def choose_rows(self):
+        """The row of each sample, as far as is known: each epoch is a new order of the training
+        rows, in which the next decodable row takes the place of one that is not."""
+        count = self.cfg.steps * self.cfg.batch
+        size = len(self.train_rows)
+        keys = self.table.image_keys.numpy()[self.train_rows]
+        keys = np.take_along_axis(keys, self.sides.numpy()[self.train_rows], 1)
+        broken = np.isin(keys, self.latents.undecodable) | np.isin(~keys, self.latents.undecodable)
+        decodable = ~broken.any(1)
+        if not decodable.any():
+            raise InputError(f"--data {self.cfg.data}: no image of its training rows decodes")
+        rows = []
+        for epoch in range(math.ceil(count / size)):
+            order = torch.randperm(size, generator=generator(self.cfg.seed, "order", epoch)).numpy()
+            good = decodable[order].nonzero()[0]  # positions in this order
+            following = np.searchsorted(good, np.arange(size)) % len(good)
+            rows.append(self.train_rows[order[good[following]]])
+        self.skipped = int((~decodable).sum())
+        return np.concatenate(rows)[:count]
+
+    def rows_to_read(self, rows):
+        """Sorted rows with an image that was not read yet or is not in the cache."""
+        keys = self.table.image_keys.numpy()[rows[:, None], self.sides.numpy()[rows]]
+        unread = keys == 0
+        keys = np.where(self.flips, ~keys, keys)
+        missing = self.latents.find(keys.ravel()).reshape(keys.shape) < 0
+        return np.unique(rows[(unread | missing).any(1)])
+
+    def encode_images(self, rows, to_read):
+        """Read some rows, and encode those of their images that samples show and the cache
+        lacks."""
+        shown = np.zeros((*self.table.image_keys.shape, 2), bool)  # row, side, as it is or mirrored
+        for k in range(self.sides.shape[1]):
+            shown[rows, self.sides.numpy()[rows, k], self.flips[:, k].astype(int)] = True
+        mine = self.table.my_rows(to_read)
+        self.check_disk(int(shown[to_read].sum()), self.latent_bytes())
+        items = self.missing_images(mine, shown)
+        fill_store(
+            self.latents,
+            items,
+            self.load_image,
+            self.encode_pixels,
+            "encoding images",
+            int(shown[mine].sum()),
+            self.dist_info,
+            self.cfg.workers,
+        )
+        self.table.share_image_keys()
+        self.latents.refresh()
+
+    def missing_images(self, rows, shown):
+        """The (key, (bytes, mirrored)) of images that the cache lacks; records every key on the
+        way."""
+        seen = set()
+        for row, cells in self.table.source.rows(self.table.image_columns, rows):
+            for side, column in enumerate(self.table.image_columns):
+                self.table.image_keys[row, side] = image_key(cells[column])
+                for mirrored in shown[row, side].nonzero()[0]:
+                    key = image_key(cells[column], mirrored)
+                    if key not in seen and self.latents.find(np.array([key]))[0] < 0:
+                        seen.add(key)
+                        yield key, (cells[column], mirrored)
+
+    def load_image(self, content):
+        """(bytes, mirrored) -> (pixels, SDXL's six numbers), or None if it does not decode."""
+        image_bytes, mirrored = content
+        image = decode_image(image_bytes)
+        if image is None:
+            return None
+        if mirrored:
+            image = ImageOps.mirror(image)
+        return resize_and_crop(image, self.cfg.resolution)
+
+    def encode_pixels(self, loaded):
+        pixels, sizes = zip(*loaded)
+        latents = self.models.encode_images(torch.stack(pixels)).to(self.models.dtype)
+        return {"latent": latents, "size": torch.stack(sizes)}
+
+    def encode_captions(self):
+        """Encode the captions that samples have and the cache lacks, and the empty one."""
+        met = np.unique(self.rows)
+        keys = self.table.caption_keys.numpy()[met]
+        missing = met[self.embeddings.find(keys) < 0]
+        no_caption = self.embeddings.find(np.array([caption_key("")]))[0] < 0
+        if broadcast_from_main(not len(missing) and not no_caption):
+            return
+        mine = self.table.my_rows(broadcast_from_main(missing))
+
+        def items():
+            seen = {caption_key("")}
+            if no_caption and self.dist_info.is_main:
+                yield caption_key(""), ""
+            for _, row in self.table.source.rows(("caption",), mine):
+                key = caption_key(row["caption"])
+                if key not in seen:
+                    seen.add(key)
+                    yield key, row["caption"]
+
+        title = "encoding captions"
+        fill_store(
+            self.embeddings,
+            items(),
+            str,
+            self.models.encode_prompts,
+            title,
+            len(mine),
+            self.dist_info,
+        )
+        barrier()
+        self.embeddings.refresh()
+
+    def latent_bytes(self):
+        """What a stored image takes on the disk: 32 KiB for SD1.5, 128 KiB for SDXL in half
+        precision."""
+        return math.prod(self.latent_shape) * torch.finfo(self.models.dtype).bits // 8
+
+    def check_disk(self, images, size):
+        """Say what the cache will take, and refuse to start what cannot end."""
+        needed = images * size
+        free = shutil.disk_usage(self.cfg.cache).free
+        if self.dist_info.is_main and needed > 2**30:
+            print(f"encoding {images:,} images takes {needed / 2**30:.1f} GiB in {self.cfg.cache}")
+        if needed > free:
+            text = f"the latents of {images:,} images take {needed / 2**30:.1f} GiB"
+            raise InputError(f"--cache {self.cfg.cache}: {text}, {free / 2**30:.1f} GiB are free")
+
+    def digest(self, samples):
+        """A hash of what the first samples are made of: it changes where their data changes."""
+        rows = self.rows[:samples]
+        sides = self.sides.numpy()[rows]
+        digest = hashlib.blake2b(str(len(self.table.labels)).encode())
+        digest.update(self.table.image_keys.numpy()[rows[:, None], sides].tobytes())
+        digest.update(self.table.caption_keys.numpy()[rows].tobytes())
+        for values in self.extra.values():
+            digest.update(values.numpy()[rows].tobytes())
+        return digest.hexdigest()
+
+    def batch(self, numbers):
+        """The B samples of these numbers, on the device: x0 (K B, 4, h, w), all first images, then
+        all second ones; cond, the UNet's condition of the same length; t (B,) on the CPU; noise (B,
+        4, h, w) to add; index (B,), the numbers; and the extra values (B,)."""
+        numbers = np.asarray(numbers)
+        rows = self.rows[numbers]
+        draws = [self.draw(int(number)) for number in numbers]
+        t, noise, dropped = zip(*draws)
+        image_keys = self.table.image_keys.numpy()[rows[:, None], self.sides.numpy()[rows]]
+        image_keys = np.where(self.flips[numbers], ~image_keys, image_keys)
+        images = self.latents.read(image_keys.T.ravel())  # all first images, then all second ones
+        caption_keys = self.table.caption_keys.numpy()[rows]
+        caption_keys = np.where(dropped, caption_key(""), caption_keys)
+        cond = self.embeddings.read(caption_keys)
+        copies = self.sides.shape[1]  # the images of a row share its caption
+        cond = {name: torch.cat([value] * copies) for name, value in cond.items()}
+        if "text_embeds" in cond:  # SDXL is told each image's original size and crop
+            cond["time_ids"] = images["size"]
+        device = self.models.device
+        return {
+            "x0": to_device(images["latent"].float(), device),
+            "cond": {name: to_device(value, device) for name, value in cond.items()},
+            "t": torch.stack(t),
+            "noise": to_device(torch.stack(noise), device),
+            "index": torch.from_numpy(numbers),
+            **{name: to_device(values[rows], device) for name, values in self.extra.items()},
+        }
+
+    def draw(self, number):
+        """Sample `number`'s timestep (), noise (4, h, w), and whether its caption is dropped."""
+        random = generator(self.cfg.seed, "sample", number)
+        t = torch.randint(len(self.models.alpha_bar), (), generator=random)
+        noise = torch.randn(self.latent_shape, generator=random)
+        dropped = bool(torch.rand(1, generator=random) < self.cfg.caption_dropout)
+        return t, noise, dropped
+
+
+# -------------------------------------------------------------------------------- 7. training
+# What may differ when a run goes on. Everything else decides what is learnt.
+MAY_CHANGE_ON_RESUME = (
+    "preset out steps workers cache save_every keep_every resume overwrite compile checkpointing "
+    "eval_prompts prompts judge eval_steps cfg"
+).split()
+
+
+def fixed_settings(cfg):
+    settings = dataclasses.asdict(cfg)
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE_ON_RESUME}
+
+
+def require_same_settings(cfg, settings):
+    """A run goes on with the settings that it has, or not at all."""
+    now = fixed_settings(cfg)
+    for name, then in settings.items():
+        if now.get(name) != then:
+            raise InputError(
+                f"--resume goes on with --{name} {then}, not {now.get(name)}: give the same"
+            )
+
+
+def check_ranges(cfg):
+    """Refuse values outside of the range that their option names."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        range = field.metadata.get("metavar")
+        if range and value is not None and not RANGES[range](value):
+            raise InputError(f"--{field.name} must be {range}, it is {value}")
+
+
+def validate_config(cfg, dist_info):
+    """Refuse what can be refused before anything is loaded or written."""
+    check_ranges(cfg)
+    if cfg.resolution % 8:
+        raise InputError(f"--resolution must be a multiple of 8, it is {cfg.resolution}")
+    if cfg.batch % (cfg.micro_batch * dist_info.world_size):
+        parts = f"--micro_batch {cfg.micro_batch} x {dist_info.world_size} (processes)"
+        raise InputError(f"--batch {cfg.batch} does not divide by {parts}")
+    for name in ("model", "data", "out", "cache"):
+        if not getattr(cfg, name):
+            raise InputError(f"--{name} is missing")
+
+
+def require_writable(out):
+    """InputError unless the folder is there and can be written to, or can be made."""
+    out = Path(out).absolute()
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        text = f"{existing} is no folder that can be written to"
+        raise InputError(f"--out {out} cannot be written: {text}")
+
+
+def check_output_dir(cfg):
+    """Refuse to write over an earlier run without being told to, or to resume what does not fit."""
+    out = Path(cfg.out)
+    if not has_content(out):
+        return
+    if not (cfg.resume or cfg.overwrite):
+        advice = "--resume goes on, --overwrite starts over, or name another"
+        raise InputError(f"--out {cfg.out} exists: {advice}")
+    config = read_run_config(out)
+    if config is None:
+        raise InputError(f"--out {cfg.out} holds something else than a run: nothing is touched")
+    if cfg.resume:
+        # What is not given may stand in the file resolved; the checkpoint decides about that.
+        given = {name for name, value in fixed_settings(cfg).items() if value is not None}
+        require_same_settings(cfg, {name: config[name] for name in given if name in config})
+        require_checkpoint(out, config)
+    else:
+        refuse_inputs_inside(cfg, out)
+
+
+def has_content(out):
+    """Whether a folder holds anything besides what a run that was killed at once leaves there."""
+    return out.exists() and any(not file.name.startswith(".") for file in out.iterdir())
+
+
+def read_run_config(out):
+    """The config.json of a run's folder, or None if it is not one."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_run = isinstance(config, dict) and {"preset", "model", "data", "steps", "versions"} <= set(
+        config
+    )
+    return config if is_run else None
+
+
+def require_checkpoint(out, config):
+    """A run that has saved checkpoints and has none now would silently start over."""
+    log = out / "log.jsonl"
+    steps = len(log.read_text().splitlines()) if log.exists() else 0
+    if steps > config.get("save_every", steps) and not find_checkpoints(out):
+        raise InputError(
+            f"{out}: its log has {steps} steps, its checkpoint is gone: --overwrite starts over"
+        )
+
+
+def refuse_inputs_inside(cfg, out):
+    """--overwrite replaces the folder, so nothing that the run needs can lie in it."""
+    for name in ("model", "vae", "unet", "data", "cache", "prompts", "scores", "reward", "judge"):
+        value = getattr(cfg, name, None)
+        if value and Path(value).absolute().resolve().is_relative_to(out.resolve()):
+            raise InputError(
+                f"--{name} {value} lies inside --out {cfg.out}, which --overwrite replaces"
+            )
+
+
+@contextmanager
+def output_lock(cfg, dist_info):
+    """The output folder belongs to one run at a time, from the first look at it to the end. The
+    lock ends with the process that holds it.
+
+    A restart by torchrun may meet the workers of before, which are about to end: it waits a
+    little."""
+    if not dist_info.is_main or fcntl is None:
+        yield
+        return
+    require_writable(cfg.out)
+    out = Path(cfg.out).absolute()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        take_lock(handle, cfg.out)
+        check_output_dir(cfg)
+        remove_leftovers(out, age=0)
+        yield
+    finally:
+        os.close(handle)
+        if not has_content(out):  # nothing came of it: leave no trace
+            (out / ".lock").unlink(missing_ok=True)
+            for folder in made:
+                try:
+                    folder.rmdir()
+                except OSError:  # something else is in it by now
+                    break
+
+
+def take_lock(handle, name, patience=10):
+    """Lock an open file; InputError if somebody else has it for longer than `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise InputError(f"--out {name} is in use by another run") from None
+            time.sleep(0.2)
+        except OSError as error:  # some network storage has no locks
+            print(
+                f"--out {name} cannot be locked ({first_line(error)}): keep other runs away from it"
+            )
+            return None
+
+
+def prepare_output_dir(cfg, dist_info):
+    """Take the output folder, now that models and data are known to be good. With --overwrite the
+    results of before are set aside; Trainer.finish deletes them when the new ones are complete."""
     barrier()
-    if place.main:
+    if dist_info.is_main:
         out = Path(cfg.out)
-        if cfg.overwrite and not cfg.resume and out.exists():
-            for old in sorted(out.iterdir(), key=lambda f: f.name == "config.json"):  # that last: it is the
-                shutil.rmtree(old) if old.is_dir() else old.unlink()  # proof that the folder is a run
         out.mkdir(parents=True, exist_ok=True)
+        old = [file for file in out.iterdir() if file.name != ".lock"]
+        if cfg.overwrite and not cfg.resume and old:
+            aside = out / f".previous-{time.time_ns()}"
+            aside.mkdir()
+            for file in sorted(old, key=lambda file: file.name == "config.json"):
+                if not file.name.startswith(".previous"):
+                    file.rename(aside / file.name)
         if not (out / "config.json").exists():
-            write_config(cfg)  # with it the folder is a run; a resume writes it when it is known to fit
-        if usable is not None:
-            print(f"{int(usable.sum()):,} of {len(usable):,} rows can be used")
+            write_config(cfg)
     barrier()
-
-
-# What may differ when a run goes on; everything else decides what is learnt
-FREE = ("preset", "out", "steps", "workers", "cache", "save_every", "keep_every", "resume", "overwrite",
-        "compile", "checkpointing", "eval_prompts", "prompts", "judge", "eval_steps", "cfg")  # fmt: skip
-
-
-def what_matters(cfg):
-    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
 
 
 def write_config(cfg):
-    text = json.dumps(dataclasses.asdict(cfg) | {"versions": versions()}, indent=1)
-    write_text(Path(cfg.out) / "config.json", text + "\n")
+    content = dataclasses.asdict(cfg) | {"versions": versions()}
+    write_text(Path(cfg.out) / "config.json", json.dumps(content, indent=1) + "\n")
 
 
-def leave_signals_to_the_run(worker):
-    """Ctrl-C reaches the loader's workers too, but the step that is running still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def find_checkpoints(out):
+    """The checkpoint files of a run, the newest last."""
+    return sorted((Path(out) / "checkpoint").glob("step-*.pt"))
 
 
-def make_optimizer(cfg, weights, world):
-    """The optimizer; on several GPUs each keeps the state of its share of the weights (ZeRO, stage 1)."""
+def make_optimizer(cfg, weights):
+    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
-        kind, more = torch.optim.AdamW, {"fused": True}
-    else:  # as Diffusion-DPO's code trains SDXL: the lr is the lr
-        from transformers.optimization import Adafactor as kind
+        return torch.optim.AdamW(weights, fused=True, **settings)
+    from transformers.optimization import Adafactor
 
-        more = {"scale_parameter": False, "relative_step": False}
-    more |= {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    if world == 1:
-        return kind(weights, **more)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    return ZeroRedundancyOptimizer(weights, kind, **more)
+    # as Diffusion-DPO's code trains SDXL: the learning rate is used as it is
+    return Adafactor(weights, scale_parameter=False, relative_step=False, **settings)
 
 
-def tensorboard(folder, step):
-    """TensorBoard's writer where it is installed. What it shows from `step` on goes: that is done again."""
+def tensorboard_writer(folder, step):
+    """TensorBoard's writer where it is installed. What it shows from `step` on is removed: those
+    steps are done again."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -999,64 +2387,95 @@ def tensorboard(folder, step):
     return SummaryWriter(folder / "tensorboard", purge_step=step)
 
 
-class Run:
+class Trainer:
     """One training run: what lies between the loss and the disk, the same for every method.
 
-    for micro_batches in run.steps():      # from the checkpoint on, with a progress bar
-        for batch in micro_batches:        # gradient accumulation
-            run.backward(loss, {...})      # run.unet for the gradient; run.bare for other calls,
-        run.update()                       # whose number may then differ between the GPUs
-    run.finish()
+    for micro_batches in trainer.steps():     # from the checkpoint on, with a progress bar
+        for batch in micro_batches:           # gradient accumulation
+            trainer.backward(loss, {...})     # a loss made with trainer.unet
+        trainer.optimizer_step()
+    trainer.finish()
 
-    With --ema an fp32 average of the weights is kept on the CPU; it is then what unet/ holds. keep: {name:
-    what has state_dict and load_state_dict}, this rank's own things that a checkpoint must hold too.
+    unet           the trained UNet, for the forward pass that gets a gradient
+    no_grad_unet   the same weights for all other passes. In half precision it is a copy in that
+                   precision, refreshed after each step: autocast would cast all weights anew in
+                   each pass. The results are the same to the bit.
+    extra_state    {name: what has state_dict and load_state_dict}: a method's own part of the
+                   checkpoint. Modules are the same on all ranks, everything else is this rank's.
     """
 
-    def __init__(self, cfg, place, models, samples, keep=None):
-        self.cfg, self.place, self.models, self.samples, self.out = cfg, place, models, samples, Path(cfg.out)
-        self.keep = keep or {}
-        self.accumulate = cfg.batch // (cfg.micro_batch * place.world)
+    def __init__(self, cfg, dist_info, models, samples, extra_state=None):
+        self.cfg = cfg
+        self.dist_info = dist_info
+        self.models = models
+        self.samples = samples
+        self.extra_state = extra_state or {}
+        self.out = Path(cfg.out)
+        self.output_name = "lora" if cfg.lora else "unet"
+        self.accumulate = cfg.batch // (cfg.micro_batch * dist_info.world_size)
         self.weights = [p for p in models.unet.parameters() if p.requires_grad]
-        self.average = [p.detach().cpu().clone() for p in self.weights] if cfg.ema and place.main else []
-        self.optimizer = make_optimizer(cfg, self.weights, place.world)
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=cfg.precision == "fp16")
-        self.step = self.bad = self.signal = 0
+        self.optimizer = make_optimizer(cfg, self.weights)
+        self.scaler = torch.amp.GradScaler(dist_info.device.type, enabled=cfg.precision == "fp16")
+        self.ema_weights = []
+        if cfg.ema and dist_info.is_main:
+            self.ema_weights = [p.detach().clone() for p in self.weights]
+        self.step = 0
+        self.signal = 0
+        self.half_unet = None
         if cfg.resume:
-            try:
-                self.load()
-            except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-                where = f"{self.out / 'checkpoint'} cannot be read"
-                raise InputError(f"{where} ({named(error)}): --overwrite starts over") from error
+            self.load_checkpoint()
         if cfg.checkpointing:
             models.unet.enable_gradient_checkpointing()
-        self.unet = self.bare = torch.compile(models.unet) if cfg.compile else models.unet
-        if place.world > 1:
-            self.unet = torch.nn.parallel.DistributedDataParallel(self.bare)
-        self.board = tensorboard(self.out, self.step) if place.main else None
-        if place.main:
+        self.raw_unet = torch.compile(models.unet) if cfg.compile else models.unet
+        self.unet = self.raw_unet
+        if dist_info.world_size > 1:
+            self.unet = torch.nn.parallel.DistributedDataParallel(
+                self.raw_unet, gradient_as_bucket_view=True
+            )
+        self.board = tensorboard_writer(self.out, self.step) if dist_info.is_main else None
+        if dist_info.is_main:
             write_config(cfg)
-            size, epochs = sum(p.numel() for p in self.weights), cfg.steps * cfg.batch / len(samples.usable)
-            cut = f"{self.accumulate} x {place.world} x {cfg.micro_batch}"
-            print(f"{size:,} trained parameters, {cfg.precision}, {place.world} {place.device.type}")
-            print(f"{cfg.steps} steps of {cfg.batch} rows ({cut}), {epochs:.2f} epochs, lr {cfg.lr:g}")
+            self.print_summary()
+
+    def print_summary(self):
+        cfg = self.cfg
+        size = sum(p.numel() for p in self.weights)
+        kind = f"LoRA of rank {cfg.lora}, " if cfg.lora else ""
+        world = f"{self.dist_info.world_size} {self.dist_info.device.type}"
+        print(f"{kind}{size:,} trained parameters, {cfg.precision}, {world}")
+        parts = f"{self.accumulate} x {self.dist_info.world_size} x {cfg.micro_batch}"
+        rows = cfg.steps * cfg.batch
+        epochs = rows / len(self.samples.train_rows)
+        print(f"{cfg.steps} steps of {cfg.batch} rows ({parts}), lr {cfg.lr:g}")
+        print(f"{rows:,} samples will be seen, {epochs:.2f} epochs", flush=True)
+
+    @property
+    def no_grad_unet(self):
+        if self.models.dtype == torch.float32 or self.cfg.lora:
+            return self.raw_unet
+        if self.half_unet is None:
+            self.half_unet = frozen_copy(self.models, self.cfg)
+        return self.half_unet
 
     def steps(self):
-        cfg, place, size = self.cfg, self.place, self.cfg.micro_batch
-        # every step's batch is cut into micro-batches, which the ranks take in turn
-        starts = (s * cfg.batch + m * size for s in range(self.step, cfg.steps)
-                  for m in range(place.rank, cfg.batch // size, place.world))  # fmt: skip
-        loader = iter(torch.utils.data.DataLoader(
-            self.samples, batch_sampler=[range(k, k + size) for k in starts], num_workers=cfg.workers,
-            pin_memory=place.device.type == "cuda", worker_init_fn=leave_signals_to_the_run,
-        ))  # fmt: skip
-        self.bar = tqdm(total=cfg.steps, initial=self.step, desc=self.out.name, disable=not place.main)
-        heard = (s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN)
-        before = {s: signal.signal(s, self.interrupt) for s in heard}  # a shell's "&" has Ctrl-C ignored
+        """Yields the micro-batches of one optimizer step after the other."""
+        self.bar = tqdm(
+            total=self.cfg.steps,
+            initial=self.step,
+            desc=self.out.name,
+            disable=not self.dist_info.is_main,
+        )
+        stops = (signal.SIGTERM, signal.SIGINT)
+        # A job that a shell runs with "&" has Ctrl-C ignored: then it stays so.
+        stops = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self.stop_after_step) for number in stops}
         try:
-            while self.step < cfg.steps:
-                self.started, self.waited, self.sums = time.perf_counter(), 0.0, {}
-                self.models.calls = self.missed = 0
-                yield self.micro_batches(loader)
+            while self.step < self.cfg.steps:
+                self.started = time.perf_counter()
+                self.waited = 0.0
+                self.sums = {}
+                self.models.calls = 0
+                yield self.iter_micro_batches()
         finally:
             self.bar.close()
             if self.board:
@@ -1064,180 +2483,242 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def interrupt(self, number, frame):
+    def stop_after_step(self, number, frame):
         """SIGTERM or Ctrl-C: end this step and save. A second one ends the process at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
-    def micro_batches(self, loader):
+    def iter_micro_batches(self):
+        """This rank's micro-batches of the step. The step's samples are cut into micro-batches,
+        which the ranks take in turn, so a micro-batch is the same whatever the number of ranks."""
+        size = self.cfg.micro_batch
         for i in range(self.accumulate):
+            number = i * self.dist_info.world_size + self.dist_info.rank
+            start = self.step * self.cfg.batch + number * size
             before = time.perf_counter()
-            batch = next(loader)
+            batch = self.samples.batch(range(start, start + size))
             self.waited += time.perf_counter() - before
-            self.missed += int(batch["bad"].sum())
-            if self.place.world > 1:  # gradients travel between the GPUs with the last micro-batch alone
+            if self.dist_info.world_size > 1:
+                # Gradients travel between the GPUs with the last micro-batch alone.
                 self.unet.require_backward_grad_sync = i + 1 == self.accumulate
-            yield batch
+            yield batch | {"number": number}
 
     def backward(self, loss, values):
-        """Accumulate the gradient of a micro-batch's mean loss, and values for the log (scalar tensors)."""
+        """Accumulate the gradient of a micro-batch's mean loss, and scalar tensors for the log."""
         self.scaler.scale(loss / self.accumulate).backward()
         for name, value in {"loss": loss, **values}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float() / self.accumulate
 
-    def update(self):
-        """Clip, step the optimizer, log; now and then keep a checkpoint."""
-        cfg, cuda = self.cfg, self.place.device.type == "cuda"
+    def optimizer_step(self):
+        """Clip, update the weights and what follows them, log, and save where it is time."""
+        cfg = self.cfg
+
+        # Update the weights.
         lr = cfg.lr * min(1.0, (self.step + 1) / max(1, cfg.warmup))
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        decay = min(cfg.ema, (1 + self.step) / (10 + self.step))  # a short memory while there is little
-        if self.average:
-            torch._foreach_lerp_(self.average, [p.detach().cpu() for p in self.weights], 1 - decay)
 
-        calls = self.models.calls * self.place.world / cfg.batch  # per row, of all ranks
-        more = norm.new_tensor([calls, self.signal, self.missed])
-        values = torch.stack([*self.sums.values(), norm.float(), *more])
-        if self.place.world > 1:
-            dist.all_reduce(values)
-        values = (values / self.place.world).tolist()  # the step's one wait for the device
-        values = dict(zip([*self.sums, "grad_norm", "unet_calls", "signal", "missed"], values))
-        stopped = values.pop("signal") > 0  # any rank's: all stop after the same step
-        self.bad += round(values.pop("missed") * self.place.world)
-        # a gradient that is not finite fp16's scaler passes over
-        for name in ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                what = f"the {name} is {values[name]} at step {self.step}"
-                raise InputError(f"{what}; the last checkpoint is kept")
-        seconds, peak = time.perf_counter() - self.started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        line = {
-            "step": self.step, **values, "lr": lr, **({"ema_decay": decay} if cfg.ema else {}),
-            "rows_per_s": cfg.batch / seconds, "waiting": self.waited / seconds,
-            "memory_gb": (torch.cuda.max_memory_allocated() / 1024 if cuda else peak) / 2**20,
-        }  # fmt: skip
+        # Update what follows them.
+        ema_decay = min(
+            cfg.ema, (1 + self.step) / (10 + self.step)
+        )  # short at first: little to average
+        if self.ema_weights:
+            torch._foreach_lerp_(
+                self.ema_weights, [p.detach() for p in self.weights], 1 - ema_decay
+            )
+        if self.half_unet is not None:
+            copy_weights(self.models.unet, self.half_unet)
+
+        # Wait for the GPU, once a step, and log.
+        values = self.mean_over_ranks(grad_norm)
+        stopped = values.pop("signal") > 0  # any rank's signal: all stop after the same step
+        self.refuse_non_finite(values)
+        if cfg.ema:
+            values["ema_decay"] = ema_decay
+        self.log({"step": self.step, **values, "lr": lr, **self.speed()})
         self.step += 1
-        if self.place.main:
-            with open(self.out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            for name in (line.keys() - {"step"}) if self.board else ():
-                self.board.add_scalar(name, line[name], line["step"])
-            self.bar.set_postfix({k: f"{line[k]:.4g}" for k in list(self.sums)[:3]}, refresh=False)
-            self.bar.update()
-            if cfg.keep_every and self.step % cfg.keep_every == 0:
-                self.save_unet(self.out / f"unet-{self.step}")
+
+        # Save.
+        if self.dist_info.is_main and cfg.keep_every and self.step % cfg.keep_every == 0:
+            self.save_unet(f"{self.output_name}-{self.step}")
         if self.step % cfg.save_every == 0 or self.step == cfg.steps or stopped:
-            self.save()
+            self.save_checkpoint()
         if stopped:
-            raise Stopped(f"stopped after step {self.step} of {cfg.steps}, all saved: --resume goes on")
+            text = f"stopped after step {self.step} of {cfg.steps}, all saved: --resume goes on"
+            raise Stopped(text)
 
-    def save_unet(self, folder):
-        new, trained = folder.with_name(folder.name + ".new"), None
-        shutil.rmtree(new, ignore_errors=True)
-        if self.average:
-            trained = [p.detach().clone() for p in self.weights]
-            torch._foreach_copy_([p.data for p in self.weights], self.average)
-        try:
-            self.models.unet.save_pretrained(new)
-        except Exception as error:
-            shutil.rmtree(new, ignore_errors=True)
-            raise InputError(f"{folder} cannot be written: {first_line(error)}; --resume goes on") from error
+    def mean_over_ranks(self, grad_norm):
+        """The step's logged values as numbers: the one wait for the device in a step."""
+        calls = self.models.calls * self.dist_info.world_size / self.cfg.batch  # per row
+        more = grad_norm.new_tensor([calls, self.signal])
+        values = torch.stack([*self.sums.values(), grad_norm.float(), *more])
+        if self.dist_info.world_size > 1:
+            dist.all_reduce(values)
+        values = (values / self.dist_info.world_size).tolist()
+        return dict(zip([*self.sums, "grad_norm", "unet_calls", "signal"], values))
+
+    def refuse_non_finite(self, values):
+        """End all ranks before such a step is saved. (fp16's scaler skips a step whose gradient has
+        overflowed, and lowers its scale: with it only the loss tells.)"""
+        names = ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm")
+        for name in names:
+            if not math.isfinite(values[name]):
+                text = f"the {name} is {values[name]} at step {self.step}"
+                raise InputError(f"{text}; the last checkpoint is kept")
+
+    def speed(self):
+        seconds = time.perf_counter() - self.started
+        memory = None
+        if self.dist_info.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        elif resource:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: in KiB
+        rows_per_s = self.cfg.batch / seconds
+        return {"rows_per_s": rows_per_s, "waiting": self.waited / seconds, "memory_gb": memory}
+
+    def log(self, line):
+        if not self.dist_info.is_main:
+            return
+        # JSON has no infinity: such a value (a gradient in fp16's first steps) is null.
+        is_number = {
+            name: value is not None and math.isfinite(value) for name, value in line.items()
+        }
+        line = {name: value if is_number[name] else None for name, value in line.items()}
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                if is_number[name] and name != "step":
+                    self.board.add_scalar(name, value, line["step"])
+        shown = {name: f"{line[name]:.4g}" for name in list(self.sums)[:3] if is_number[name]}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    @contextmanager
+    def ema_in_place(self):
+        """with self.ema_in_place(): the UNet has the EMA weights where there are any."""
+        trained = [p.detach().clone() for p in self.weights] if self.ema_weights else []
         if trained:
-            torch._foreach_copy_([p.data for p in self.weights], trained)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(new, folder)
-
-    def save(self):
-        """checkpoint/STEP appears whole or not at all, and only then do older ones go."""
-        folder = self.out / "checkpoint" / str(self.step)
-        new = folder.with_name("new")
+            torch._foreach_copy_([p.data for p in self.weights], self.ema_weights)
         try:
-            if self.place.main:
-                shutil.rmtree(new, ignore_errors=True)
-                new.mkdir(parents=True)
-            barrier()
-            if self.place.world > 1:  # the shares of the optimizer's state, brought together
-                self.optimizer.consolidate_state_dict(to=0)
-            for name, kept in self.keep.items():
-                if self.place.main or not isinstance(kept, torch.nn.Module):  # a module is the same on all
-                    write(new / f"{name}.safetensors", kept.state_dict())
-            if self.place.main:
-                moments = self.optimizer.state_dict()["state"]
-                moments = {f"{i}.{k}": torch.as_tensor(v) for i, m in moments.items() for k, v in m.items()}
-                write(new / "optimizer.safetensors", moments)
-                write(new / "unet.safetensors", self.models.unet.state_dict())
-                if self.average:
-                    write(new / "average.safetensors", {str(i): p for i, p in enumerate(self.average)})
-                state = {"step": self.step, "bad": self.bad, "scaler": self.scaler.state_dict()}
-                (new / "state.json").write_text(json.dumps(state | {"settings": what_matters(self.cfg)}))
-            barrier()
-        except Exception as error:  # a full disk, above all: safetensors raises its own error
-            shutil.rmtree(new, ignore_errors=True)
-            step = f"checkpoint of step {self.step} cannot be written: {first_line(error)}"
-            raise InputError(f"{step}; the one before it is whole, and --resume goes on from it") from error
-        if self.place.main:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(new, folder)
-            for old in folder.parent.iterdir():
-                if old != folder:
-                    shutil.rmtree(old)
+            yield
+        finally:
+            if trained:
+                torch._foreach_copy_([p.data for p in self.weights], trained)
 
-    def load(self):
-        """Go on where the newest checkpoint stands; from the beginning where there is none."""
-        found = [int(f.name) for f in (self.out / "checkpoint").glob("*") if f.name.isdigit()]
-        if found:
-            folder, moments = self.out / "checkpoint" / str(max(found)), {}
-            state = json.loads((folder / "state.json").read_text())
-            refuse_changes(self.cfg, state["settings"])
-            self.step, self.bad = state["step"], state["bad"]
-            self.scaler.load_state_dict(state["scaler"])
-            self.models.unet.load_state_dict(load_file(folder / "unet.safetensors"))
-            for name, value in load_file(folder / "optimizer.safetensors").items():
-                i, key = name.split(".")
-                weight = self.weights[int(i)]
-                if value.shape == weight.shape:  # in the weight's memory order, which fused AdamW expects
-                    value = torch.empty_like(weight, device="cpu").copy_(value)
-                moments.setdefault(int(i), {})[key] = value
-            group = self.optimizer.param_groups[0] | {"params": list(range(len(self.weights)))}
-            self.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
-            if self.place.world > 1:
-                # ZeRO leaves a second copy of this rank's share, and step counts on the CPU, where fused
-                # AdamW refuses them
-                self.optimizer.state.clear()
-                for weight, state in self.optimizer.optim.state.items():
-                    state.update({k: v.to(weight.device) for k, v in state.items()})
-            if self.average:
-                average = load_file(folder / "average.safetensors")
-                self.average = [average[str(i)] for i in range(len(self.average))]
-            for name, kept in self.keep.items():
-                kept.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        log = self.out / "log.jsonl"
-        if self.place.main and log.exists():  # its steps after the checkpoint will be done again
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step))
+    def save_unet(self, name):
+        """Write the UNet as diffusers does, in one file, or the LoRA: of the EMA weights, if there
+        are any."""
+        with self.ema_in_place(), atomic(self.out / name) as temporary:
+            if self.cfg.lora:
+                save_lora(self.models, temporary)
+            else:
+                self.models.unet.save_pretrained(temporary, max_shard_size="100GB")
+
+    def save_checkpoint(self):
+        """A checkpoint is one file, complete or not there at all; only then do older ones go."""
+        extra = {}
+        for name, value in self.extra_state.items():
+            is_module = isinstance(value, (torch.nn.Module, LoraView))
+            if self.dist_info.is_main or not is_module:
+                extra[name] = to_cpu(value.state_dict())
+        parts = all_gather_objects(extra) if self.extra_state else [{}]
+        if self.dist_info.is_main:
+            state = {
+                "step": self.step,
+                "settings": fixed_settings(self.cfg),
+                "data": self.samples.digest(self.step * self.cfg.batch),
+                "initial_unet": self.models.unet_hash,
+                "weights": [p.detach() for p in self.weights],
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ema_weights": self.ema_weights,
+                "extra": {name: value for part in parts for name, value in part.items()},
+            }
+            folder = self.out / "checkpoint"
+            folder.mkdir(exist_ok=True)
+            older = find_checkpoints(self.out)
+            path = folder / f"step-{self.step:08d}.pt"
+            try:
+                with atomic(path) as temporary:
+                    torch.save(state, temporary)
+            except InputError as error:
+                advice = "the one before it is whole, and --resume goes on from it"
+                raise InputError(f"checkpoint of step {self.step}: {error}; {advice}") from error
+            for file in older:
+                if file != path:
+                    file.unlink()
         barrier()
+
+    def load_checkpoint(self):
+        """Go on where the newest checkpoint stands; from the beginning where there is none."""
+        files = find_checkpoints(self.out)
+        if files:
+            state = read_checkpoint(files[-1])
+            require_same_settings(self.cfg, state["settings"])
+            self.step = state["step"]
+            if self.step > self.cfg.steps:
+                text = f"--steps {self.cfg.steps} is less than the {self.step} that are done"
+                raise InputError(f"--resume: {text}")
+            if state["initial_unet"] != self.models.unet_hash:
+                raise InputError(
+                    "--resume: the initial UNet (--model or --unet) has other weights now"
+                )
+            if state["data"] != self.samples.digest(self.step * self.cfg.batch):
+                raise InputError(
+                    f"--resume: --data {self.cfg.data} has changed since the run began"
+                )
+            self.restore(state)
+        log = self.out / "log.jsonl"
+        if self.dist_info.is_main and log.exists():
+            # Steps after the checkpoint will be done again; the last line may be half a line.
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] < self.step]
+            write_text(log, "".join(f"{line}\n" for line in kept))
+        barrier()
+
+    def restore(self, state):
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, [w.to(self.models.device) for w in state["weights"]])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema_weights:
+            torch._foreach_copy_(
+                self.ema_weights, [w.to(self.models.device) for w in state["ema_weights"]]
+            )
+        for name, value in self.extra_state.items():
+            value.load_state_dict(state["extra"][name])
 
     def finish(self):
-        """Write unet/ for the stock pipeline, and make the closing report where one is wanted."""
-        cfg = self.cfg
-        if self.place.main:
-            self.save_unet(self.out / "unet")
-            if self.bad:
-                print(f"{self.bad} times a row was passed over: an image of it does not decode")
-            print(f"wrote {self.out / 'unet'}", flush=True)
+        """Write unet/ for the stock pipeline, and let go of what --overwrite had set aside."""
+        if self.dist_info.is_main:
+            self.save_unet(self.output_name)
+            for old in self.out.glob(".previous-*"):
+                shutil.rmtree(old)
+            print(f"wrote {self.out / self.output_name}", flush=True)
         barrier()
-        if cfg.eval_prompts:
-            import eval as evaluation
 
-            prompts = read_prompts(cfg)
-            each = math.ceil(cfg.eval_prompts / len(prompts))  # images of each prompt
-            evaluation.report(
-                cfg.model, {"start": cfg.unet, "trained": self.out / "unet"},
-                prompts[: cfg.eval_prompts // each], self.out, images_per_prompt=each, seed=cfg.seed,
-                steps=cfg.eval_steps, cfg=cfg.cfg, judges=[cfg.judge] if cfg.judge else [], scorers={},
-                precision=cfg.precision, variant=cfg.variant, revision=cfg.revision, vae=cfg.vae,
-                cache=cfg.cache,
-            )  # fmt: skip
+
+def read_checkpoint(path):
+    """A checkpoint's content, read as tensors and never as code. InputError if the file is
+    damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"step", "settings", "data", "weights", "optimizer", "extra"} - set(state)
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch's reader raises nearly anything on a damaged file
+        text = f"{path} cannot be read ({describe_error(error)})"
+        raise InputError(f"{text}: --overwrite starts over") from error
+    return state
+
+
+def to_cpu(state):
+    return {name: value.detach().cpu() for name, value in state.items()}

@@ -1,109 +1,163 @@
-"""Diffusion-DRO (NeurIPS 2025, arXiv 2510.18353): rank expert images above the policy's own samples.
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Diffusion-DRO (NeurIPS 2025, arXiv 2510.18353): rank experts above the policy's own samples.
 
-1. No reward model and no sigmoid: an expert's denoising error should fall below that of an image the policy
-   paints for the same caption, each relative to a frozen reference, by a margin; a hinge says how far.
-2. The policy's samples are drawn while it trains, each only as far as the timestep that is needed.
+The loss has no reward model and no sigmoid, and there are no pairs. An expert image should gain
+likelihood over a sample of the current policy, relative to a frozen reference model, until a
+margin is reached; then a hinge switches it off. The policy's samples are made while training runs,
+each only up to the timestep that is needed.
 
-    paper            here      shape
-    x_0^e            x0        (B, 4, h, w)   latents of the experts
-    epsilon~         noise     (B, 4, h, w)   drawn, for the experts
-    x_t, epsilon     xp, ep    (B, 4, h, w)   the policy's sample at t, and its own prediction there
-    eps_phi          err       (2B,)          error of the trained UNet: experts, then policy samples
-    eps_ref          ref_err   (2B,)          the same of the frozen start UNet
-    m                margin    float          in units of the error, a mean over C, h, w
-    M                refresh_every  int       updates between two copies of the trained UNet to the policy
+    paper            here          shape
+    x_0^e            x0            (B, 4, h, w)  latents of the experts
+    epsilon~         noise         (B, 4, h, w)  sampled noise, for the experts
+    x_t, epsilon     x_policy,     (B, 4, h, w)  the policy's sample at timestep t, and
+                     eps_policy                  the policy's own prediction there
+    eps_phi          err           (2B,)         error of the trained UNet: experts, then samples
+    eps_ref          ref_err       (2B,)         the same of the frozen initial UNet
+    m                hinge_margin  float         in units of the error, a mean over C, h, w
+    M                refresh_every int           updates between two copies to the policy
 
 What changes against dpo_baseline.py:
-    1. dro_loss: a hinge on the gap between two log-ratios; nothing is relative to a human's choice
-    2. rollout: the losers are the policy's own, sampled online by DPM-Solver++(2M) up to the timestep t
-    3. ReplayBuffer and --refresh_every: how old those samples may be
-    4. before training, the K best images of a pair set are chosen, unless --data is a set of images
+    1. dro_loss: a hinge on the gap of two log-ratios, not a sigmoid of a human's choice
+    2. rollout: the losers are the policy's own samples, by DPM-Solver++(2M) up to timestep t
+    3. ReplayBuffer and --refresh_every decide how old these samples may be
+    4. before training, the K best images of a pair set are chosen, or --data is a set of images
 
-With M = 1 and no buffer **the policy's term has no gradient**: the trained UNet is the policy, so its error
-against its own prediction is 0, at a minimum. What remains is fine-tuning on the experts, each switched off
-once the hinge is satisfied. The loss is then not what trains the model against its own samples; the log's
-policy_share (of the gradient at the UNet's output) tells: 0 at M = 1, above 0 where samples are old.
+With M = 1 and no buffer **the policy's term has no gradient**: the policy is the trained UNet, so
+its error against its own prediction is 0, at a minimum. What remains is fine-tuning on the experts,
+with each expert switched off once the hinge is satisfied. The trained UNet is then not run on the
+policy's samples at all. The log's policy_share is their part of the gradient: 0 in that case.
 
-    torchrun dro.py                                                       # the tiny world, CPU, minutes
-    torchrun dro.py --preset sd15 --model M --data D                      # one GPU
-    torchrun --nproc_per_node=8 dro.py --preset sdxl --model M --data D   # no published result: ours to find
+    torchrun dro.py                                            # the tiny world, CPU, minutes
+    torchrun dro.py --preset sd15 --model M --data D           # one GPU
+    torchrun --nproc_per_node=8 dro.py --preset sdxl --model M --data D   # no published result
 """
 
+import common
+from common import option
 from dataclasses import dataclass, replace
+import eval as evaluation
 from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-import common
-from common import flag
-
 
 def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
-    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: differences of 1e-4 matter."""
+    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: 1e-4 matters here."""
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
+# Max-margin inverse reinforcement learning: find a reward under which experts are better than
+# whatever the policy does. With the reward log(p_phi / p_ref) the best policy is p_phi itself, so
+# the policy is a copy of the trained model. Denoising errors stand in for log-likelihoods, as in
+# DPO.
 def dro_loss(err, ref_err, margin):
-    """Diffusion-DRO, arXiv 2510.18353 Eq. 15, as relu(gap + m): the paper's max(-m, gap) + m. err, ref_err
-    (2B,): denoising errors of the trained and the frozen UNet, experts first, then policy samples. Returns
-    losses (B,) and the detached gap (B,), below -margin where there is nothing left to learn."""
-    log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
-    expert, policy = log_ratio.chunk(2)
-    gap = policy - expert
-    losses = F.relu(gap + margin)  # margin > 0: at the start every gap is 0, and a hinge at 0 never moves
+    """Diffusion-DRO, arXiv 2510.18353 Eq. 15, as relu(gap + m): the paper's max(-m, gap), plus m.
+    err, ref_err (2B,): denoising errors of the trained and of the frozen UNet, experts first, then
+    policy samples. Returns the losses (B,) and the detached gap (B,): here, unlike DPO's margin,
+    smaller is better, and below -margin there is nothing left to learn."""
+    log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
+    log_ratio_expert, log_ratio_policy = log_ratio.chunk(2)  # (B,) each
+    gap = log_ratio_policy - log_ratio_expert  # (B,)
+    losses = F.relu(
+        gap + margin
+    )  # margin > 0: at the start every gap is 0, and relu(0) has no gradient
     return losses, gap.detach()
 
 
 def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
-    """Sample with DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), each image on its own levels and only as
-    far as it is wanted: on average (S + 1) / 2 network calls an image where all S would take S.
+    """Sample with DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), each image on its own timesteps
+    and only as far as it is wanted: on average (S + 1) / 2 UNet calls an image, where a whole one
+    takes S.
 
-    xT (B, C, h, w): pure noise. timesteps (S, B) long, descending; stop (B,) long in [0, S): the step whose
-    (x_t, eps(x_t)) is wanted; both are best kept on the CPU: no sync. eps_fn(x (n, C, h, w), t (n,),
-    rows (n,)) -> eps; rows tells which samples these are. Returns (xt, eps, t) at each sample's own stop.
-    """
-    timesteps, stop = timesteps.cpu(), stop.cpu()
-    ab = alpha_bar.cpu().double()[timesteps]
-    alpha, sigma = ab.sqrt(), (1 - ab).sqrt()
-    lam = (alpha / sigma).log()  # (S, B): half the log signal-to-noise ratio, the solver's time
+    For one image, with alpha = sqrt(ab), sigma = sqrt(1 - ab) and lam = log(alpha / sigma) at each
+    of its timesteps, e.g. t = 970, 920, ..., 20 with S = 20:
 
-    def to_image(a):
-        return a.to(xT.device, torch.float32).view(-1, 1, 1, 1)
+        for k in range(S):
+            eps       = eps_fn(x, t[k])                                  # stop == k: return x, eps
+            x0        = (x - sigma[k] eps) / alpha[k]
+            h         = lam[k + 1] - lam[k]                              # the solver's step size
+            direction = x0 + h / (2 h_before) (x0 - x0_before)           # k = 0: x0
+            x         = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
 
-    x, eps, before = xT.clone(), torch.empty_like(xT), torch.empty_like(xT)
-    for k in range(int(stop.max()) + 1):
-        rows = (stop >= k).nonzero()[:, 0]
-        here = rows.to(xT.device)
-        eps[here] = e = eps_fn(x[here], timesteps[k, rows].to(xT.device), here)
-        on = (stop[rows] > k).nonzero()[:, 0]  # the others have arrived
-        if not len(on):
-            break
-        rows, e = rows[on], e[on.to(xT.device)]
-        here = rows.to(xT.device)
-        clean = (x[here] - to_image(sigma[k, rows]) * e) / to_image(alpha[k, rows])  # the predicted x0
-        direction, h = clean, lam[k + 1, rows] - lam[k, rows]
-        if k:  # second order: extrapolate from the prediction of the step before
-            h_before = lam[k, rows] - lam[k - 1, rows]
-            direction = clean + to_image(h / (2 * h_before)) * (clean - before[here])
-        carried, added = sigma[k + 1, rows] / sigma[k, rows], -alpha[k + 1, rows] * torch.expm1(-h)
-        x[here], before[here] = to_image(carried) * x[here] + to_image(added) * direction, clean
-    return x, eps, timesteps.gather(0, stop[None])[0]
+    xT (B, C, h, w): pure noise. timesteps (S, B) long, descending; stop (B,) long in [0, S): the
+    step whose (x_t, eps) is wanted; both best kept on the CPU. eps_fn(x (n, C, h, w), t (n,), idx
+    (n,)) -> eps, where idx says which images these are. Returns (xt, eps, t): (B, C, h, w) twice,
+    and (B,), at each image's own stop. To copy it elsewhere, take `rollout_plan` and
+    common.to_device with it."""
+    x = xT.clone()
+    eps = torch.empty_like(xT)
+    x0_before = torch.zeros_like(xT)
+    for step in rollout_plan(timesteps.cpu(), stop.cpu(), alpha_bar.cpu(), xT.device):
+        idx = step["idx"]
+        eps_now = eps_fn(x[idx], step["t"], idx)
+        x0 = (x[idx] - step["sigma"] * eps_now) / step["alpha"]
+        direction = x0 + step["extrapolation"] * (x0 - x0_before[idx])
+        x[idx] = step["coef_x"] * x[idx] + step["coef_x0"] * direction
+        eps[idx] = eps_now
+        x0_before[idx] = x0
+    return x, eps, timesteps.cpu().gather(0, stop.cpu()[None])[0]
+
+
+def rollout_plan(timesteps, stop, alpha_bar, device):
+    """The steps of a batch's rollout, each a dict of its n images' numbers: idx (n,), t (n,), and
+    the coefficients (n, 1, 1, 1). An image with an earlier stop joins later, so that all stop
+    together, in the last step; there coef_x = 1 and coef_x0 = 0, which leaves x_t where it is.
+
+    Everything is made on the CPU in double precision and sent in one copy, so that no step
+    waits."""
+    ab = alpha_bar.double()[timesteps]  # (S, B)
+    alpha = ab.sqrt()
+    sigma = (1 - ab).sqrt()
+    h = (alpha / sigma).log().diff(dim=0)  # (S - 1, B)
+    unused = torch.zeros(1, ab.shape[1], dtype=torch.float64)
+    coef_x = torch.cat([sigma[1:] / sigma[:-1], unused])
+    coef_x0 = torch.cat([-alpha[1:] * torch.expm1(-h), unused])
+    extrapolation = torch.cat([unused, h[1:] / (2 * h[:-1]), unused])[: len(ab)]
+    last = int(stop.max())
+    table = []
+    for step in range(last + 1):
+        k = stop - last + step  # which of its own steps this is for each image, below 0 not one yet
+        idx = (k >= 0).nonzero()[:, 0]
+        k = k[idx]
+        moves = k < stop[idx]
+        columns = [
+            idx.double(),
+            timesteps[k, idx].double(),
+            alpha[k, idx],
+            sigma[k, idx],
+            torch.where(moves, coef_x[k, idx], 1.0),
+            torch.where(moves, coef_x0[k, idx], 0.0),
+            extrapolation[k, idx],
+        ]
+        table.append(torch.stack(columns, 1))
+    on_device = common.to_device(torch.cat(table), device)
+    plan = []
+    for part in on_device.split([len(rows) for rows in table]):
+        step = {"idx": part[:, 0].long(), "t": part[:, 1].long()}
+        names = ("alpha", "sigma", "coef_x", "coef_x0", "extrapolation")
+        for name, values in zip(names, part[:, 2:].float().T):
+            step[name] = values.view(-1, 1, 1, 1)
+        plan.append(step)
+    return plan
 
 
 class ReplayBuffer:
-    """The last `size` items, first in first out. An item fixes t and caption, so it carries its expert."""
+    """The last `size` items, first in, first out. An item fixes timestep and caption, so it carries
+    its expert along."""
 
     def __init__(self, size):
-        self.size, self.items = size, {}
+        self.size = size
+        self.items = {}
 
     def __len__(self):
         return len(next(iter(self.items.values()), ()))
 
     def push(self, items):
         """items: a dict of (B, ...) tensors, always with the same names."""
-        old = self.items or {k: v[:0] for k, v in items.items()}
-        self.items = {k: torch.cat([old[k].to(v.device), v])[-self.size :] for k, v in items.items()}
+        for name, new in items.items():
+            old = self.items.get(name, new[:0]).to(new.device)
+            self.items[name] = torch.cat([old, new])[-self.size :]
 
     def sample(self, n, generator):
         """A dict of (n, ...) tensors; no item comes twice while there are n."""
@@ -111,7 +165,7 @@ class ReplayBuffer:
             order = torch.randperm(len(self), generator=generator)[:n]
         else:
             order = torch.randint(len(self), (n,), generator=generator)
-        return {k: v[order.to(v.device)] for k, v in self.items.items()}
+        return {name: values[order.to(values.device)] for name, values in self.items.items()}
 
     def state_dict(self):
         return self.items
@@ -120,160 +174,324 @@ class ReplayBuffer:
         self.items = items
 
 
+@dataclass
+class Config(evaluation.RewardConfig):
+    margin: float = option(0.001, "how far an expert's log-ratio should exceed the policy's", ">0")
+    rollout_steps: int = option(20, "DPM-Solver++ steps of a whole trajectory", ">0")
+    refresh_every: int = option(
+        1, "M: updates between copies to the policy; above 1: lower --lr", ">0"
+    )
+    buffer: int = option(
+        0, "policy samples to keep and draw from, all GPUs; 0: use each once", ">=0"
+    )
+    experts: int = option(500, "K best images of a pair set; a set of images is taken whole", ">0")
+
+
+# sd15 is the released launcher: 1,600 updates of 256 experts, constant lr, margin 0.001, M = 1,
+# caption dropout 0.2, flips, EMA, the 500 best images. Its learning rate is 1e-4 on pure bf16
+# weights, where most updates are too small to change a weight; on fp32 weights that is a far
+# stronger recipe. 1e-5 is ours and has not been run. (Its EMA decay of 0.9999 is nominal: in 1,600
+# updates the warm-up (1 + n) / (10 + n) never lets it beyond 0.995.) The paper's main experts are
+# HPSv2's: score the set with
+#     eval.py --data D --scorers hpsv2.0 --scores_out hps.safetensors
+# and train with --scores hps.safetensors.
+# The default here is PickScore's, the paper's second choice, which one command can do.
+# sdxl is a code path without a published result. Ours: precision, micro-batch, checkpointing, clip.
+# tiny: searched, see tests/tiny/searches.md.
+PRESETS = {
+    "tiny": common.tiny_preset("dro")
+    | {
+        "steps": 60,
+        "batch": 32,
+        "micro_batch": 32,
+        "lr": 1e-4,
+        "warmup": 10,
+        "margin": 0.003,
+        "ema": 0.9999,
+        "caption_dropout": 0.1,
+        "experts": 64,
+        "reward": str(common.TINY / "reward"),
+    },
+    "sd15": {
+        "steps": 1600,
+        "batch": 256,
+        "micro_batch": 32,
+        "lr": 1e-5,
+        "margin": 0.001,
+        "ema": 0.9999,
+        "caption_dropout": 0.2,
+        "flip": True,
+        "resolution": 512,
+        "precision": "bf16",
+        "checkpointing": True,
+        "workers": 8,
+        "save_every": 100,
+        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "out": "runs/dro-sd15",
+    },
+    "sdxl": {
+        "steps": 1600,
+        "batch": 256,
+        "micro_batch": 8,
+        "optimizer": "adafactor",
+        "lr": 1e-5,
+        "margin": 0.001,
+        "ema": 0.9999,
+        "caption_dropout": 0.2,
+        "flip": True,
+        "resolution": 1024,
+        "precision": "bf16",
+        "checkpointing": True,
+        "workers": 8,
+        "save_every": 20,
+        "vae": "madebyollin/sdxl-vae-fp16-fix",
+        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "out": "runs/dro-sdxl",
+    },
+}
+
+
+def main(argv=None):
+    cfg = common.parse(Config, PRESETS, argv)
+    dist_info = common.init_distributed()
+    common.validate_config(cfg, dist_info)
+    evaluation.test_run_judge(cfg)
+    with common.output_lock(cfg, dist_info):
+        train(cfg, dist_info)
+
+
+def train(cfg, dist_info):
+    models = common.Models(cfg, dist_info.device)
+    ref = common.reference_unet(models, cfg)
+    check_rollout(cfg, models)
+
+    # The experts: a set of images as it is, or the best images of a set of pairs.
+    table, experts_file = open_experts(cfg, dist_info)
+    samples = common.SampleStream(
+        cfg,
+        dist_info,
+        models,
+        table,
+        train_mask=torch.ones(len(table.labels), dtype=torch.bool),
+        sides=torch.zeros(len(table.labels), 1, dtype=torch.long),
+    )
+
+    common.prepare_output_dir(cfg, dist_info)
+    keep_experts(cfg, experts_file, dist_info)
+
+    # The policy is the trained UNet, or with M > 1 a copy of it that is refreshed every M updates.
+    extra_state = {}
+    policy_copy = None
+    if cfg.refresh_every > 1:
+        policy_copy = common.policy_unet(models, cfg)
+        extra_state["policy"] = policy_copy
+    buffers = make_buffers(cfg, dist_info)
+    extra_state |= {f"buffer-{number}": buffer for number, buffer in buffers.items()}
+    trainer = common.Trainer(cfg, dist_info, models, samples, extra_state)
+    # Then the trained UNet would answer the policy's samples as the policy did: error and gradient
+    # 0.
+    policy_is_trained = policy_copy is None and not cfg.buffer
+
+    for micro_batches in trainer.steps():
+        if policy_copy is not None and trainer.step % cfg.refresh_every == 0:
+            common.copy_weights(models.unet, policy_copy)
+        policy = trainer.no_grad_unet if policy_copy is None else policy_copy
+        for batch in micro_batches:
+            x0 = batch["x0"]  # (B, 4, h, w) the experts
+            cond = batch["cond"]
+            noise = batch["noise"]
+
+            # The policy's samples at timestep t, with the experts' captions.
+            def predict_eps(x, unet_t, idx, policy=policy, cond=cond):  # no guidance
+                return models.predict_eps(policy, x, unet_t, common.index_condition(cond, idx))
+
+            timesteps, stop = trajectory(batch["t"], len(models.alpha_bar), cfg.rollout_steps)
+            xT = start_noise(cfg.seed, batch["index"], samples.latent_shape).to(x0.device)
+            with torch.no_grad():
+                rolled = rollout(predict_eps, xT, timesteps, stop, models.alpha_bar)
+            x_policy, eps_policy, t = rolled
+            if cfg.buffer:
+                new = {"x0": x0, "x_policy": x_policy, "eps_policy": eps_policy, "t": t, **cond}
+                buffer = buffers[batch["number"]]
+                buffer.push(new)
+                random = common.generator(cfg.seed, "replay", trainer.step, batch["number"])
+                cond = buffer.sample(len(x0), random)
+                x0, x_policy, eps_policy, t = (
+                    cond.pop(name) for name in ("x0", "x_policy", "eps_policy", "t")
+                )
+
+            # Experts with sampled noise, then the policy's samples, at the same t and captions.
+            x0_policy = common.predicted_x0(x_policy, eps_policy, t, models.alpha_bar)
+            xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), x_policy])
+            t_both = t.repeat(2)
+            eps = torch.cat([noise, eps_policy])
+            target = models.target(torch.cat([x0, x0_policy]), eps, t_both)  # eps, or v
+            cond_both = {name: torch.cat([value, value]) for name, value in cond.items()}
+
+            def error(unet, rows, xt=xt, t=t_both, cond=cond_both, target=target):
+                cond_rows = common.index_condition(cond, rows)
+                prediction = models.predict(unet, xt[rows], t[rows], cond_rows)
+                return denoising_error(prediction, target[rows])
+
+            # Errors of the reference and of the trained model. Kernels round differently for other
+            # batch sizes: both models get the same, so that the gap at step 0 is exactly 0.
+            experts = slice(0, len(x0))
+            policy_samples = slice(len(x0), 2 * len(x0))
+            both = slice(0, 2 * len(x0))
+            with torch.no_grad():
+                if policy_is_trained:
+                    ref_err = torch.cat([error(ref, experts), error(ref, policy_samples)])
+                else:
+                    ref_err = error(ref, both)
+            if policy_is_trained:
+                err_expert = error(trainer.unet, experts)
+                err = torch.cat([err_expert, torch.zeros_like(err_expert)])
+            else:
+                err = error(trainer.unet, both)
+
+            # Loss and gradient.
+            losses, gap = dro_loss(err, ref_err, cfg.margin)
+            trainer.backward(losses.mean(), values_to_log(losses, gap, err))
+        trainer.optimizer_step()
+    trainer.finish()
+    evaluation.final_evaluation(cfg)
+
+
+def check_rollout(cfg, models):
+    T = len(models.alpha_bar)
+    if T % cfg.rollout_steps:
+        text = f"--rollout_steps {cfg.rollout_steps} does not divide the model's {T} timesteps"
+        raise common.InputError(text)
+    if models.alpha_bar[-1] == 0:
+        text = "no signal at its last timestep; rollouts need some"
+        raise common.InputError(f"--model {cfg.model}: {text}")
+    if 0 < cfg.buffer < cfg.batch:
+        text = f"--buffer {cfg.buffer} holds less than a step's --batch {cfg.batch}"
+        raise common.InputError(text)
+
+
+def trajectory(t, T, S):
+    """The S timesteps of a trajectory that meets t (B,), T / S apart, and the step at which it
+    does: (S, B), (B,). Every t is met with the same probability: its offset within T / S shifts the
+    whole trajectory, and each image has its own."""
+    spacing = T // S
+    timesteps = torch.arange(S - 1, -1, -1)[:, None] * spacing + t % spacing
+    stop = S - 1 - t // spacing
+    return timesteps, stop
+
+
+def start_noise(seed, index, shape):
+    """The noise that each sample's trajectory starts from, (B, *shape), a function of seed and
+    index."""
+    generators = [common.generator(seed, "rollout", number) for number in index.tolist()]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def make_buffers(cfg, dist_info):
+    """One buffer for each of this rank's micro-batches of a step, by number: then it does not
+    matter which rank has which micro-batch."""
+    if not cfg.buffer:
+        return {}
+    size = cfg.buffer * cfg.micro_batch // cfg.batch
+    my_micro_batches = range(dist_info.rank, cfg.batch // cfg.micro_batch, dist_info.world_size)
+    return {number: ReplayBuffer(size) for number in my_micro_batches}
+
+
+def values_to_log(losses, gap, err):
+    """policy_share: the gradient of the loss at an image's prediction has a norm in proportion to
+    sqrt(err), where the hinge is on."""
+    err_expert, err_policy = err.detach().chunk(2)
+    active = (losses.detach() > 0).float()
+    grad_expert = (err_expert.sqrt() * active).sum()
+    grad_policy = (err_policy.sqrt() * active).sum()
+    return {
+        "active": active.mean(),
+        "gap": gap.mean(),
+        "err_expert": err_expert.mean(),
+        "err_policy": err_policy.mean(),
+        "policy_share": grad_policy / (grad_expert + grad_policy).clamp_min(1e-12),
+    }
+
+
+# ------------------------------------------------------------------------------ choosing the
+# experts
+def open_experts(cfg, dist_info):
+    """The table of the experts, and the file that they were written to if they had to be chosen."""
+    table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS, common.IMAGE_COLUMNS)
+    if table.image_columns == common.IMAGE_COLUMNS:
+        return table, None
+    scores = evaluation.pair_scores(cfg, table, dist_info)
+    table.check_scores(scores, cfg.scores)
+    file = choose_experts(cfg, dist_info, table, scores)
+    return common.RowTable(replace(cfg, data=str(file)), dist_info, common.IMAGE_COLUMNS), file
+
+
 def top_experts(scores, k):
-    """The k highest scoring of a pair set's unique (image, caption) items -> their (row, side, score), best
-    first; of equal scores the earlier row. scores: what common.load_scores returns. Labels have no say."""
-    value, key = (torch.stack([scores[f"{n}_0"], scores[f"{n}_1"]], 1).flatten() for n in ("score", "key"))
-    chosen, seen = [], set()
-    for i in value.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True).tolist():
+    """The k highest scoring of a pair set's unique (image, caption) items -> their (row, side,
+    score), best first; of equal scores the earlier row. Labels have no say."""
+    value = torch.stack([scores["score_0"], scores["score_1"]], 1).flatten()
+    key = torch.stack([scores["key_0"], scores["key_1"]], 1).flatten()
+    best_first = value.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    chosen = []
+    seen = set()
+    for i in best_first.tolist():
         if len(chosen) == k or not value[i].isfinite():
             break
-        if (item := int(key[i])) not in seen:
+        item = int(key[i])
+        if item not in seen:
             seen.add(item)
             chosen.append((i // 2, i % 2, value[i].item()))
     return chosen
 
 
-@dataclass
-class Config(common.RewardConfig):
-    margin: float = flag(0.001, "how far an expert's log-ratio should exceed the policy sample's", ">0")
-    rollout_steps: int = flag(20, "DPM-Solver++ steps of a whole trajectory; half are taken on average", ">0")
-    refresh_every: int = flag(1, "M: updates between copies of the UNet to the policy; >1: lower --lr", ">0")
-    buffer: int = flag(0, "policy samples to keep and draw from, over all GPUs; 0 uses each once", ">=0")
-    experts: int = flag(500, "best images of a pair set to learn from; a set of images is taken whole", ">0")
-
-
-# sd15: the paper's 1,600 updates of 256, constant lr, margin 0.001, caption dropout 0.2, EMA, 500 experts;
-# for SDXL it has a code path and no result. Its lr is 1e-4, on pure bf16 weights, where most updates are too
-# small to change a weight; on fp32 weights that is a far stronger recipe. 1e-5 is ours and has not been run.
-# Its EMA decay of 0.9999 is nominal: in 1,600 updates (1 + n) / (10 + n) never lets it beyond 0.995.
-PRESETS = {
-    "tiny": common.tiny("dro") | {
-        "steps": 60, "batch": 32, "micro_batch": 32, "lr": 1e-4, "warmup": 10, "margin": 0.003,
-        "ema": 0.9999, "caption_dropout": 0.1, "experts": 64, "reward": str(common.TINY / "reward"),
-    },
-    "sd15": {
-        "steps": 1600, "batch": 256, "micro_batch": 4, "lr": 1e-5, "margin": 0.001, "ema": 0.9999,
-        "caption_dropout": 0.2, "resolution": 512, "precision": "bf16", "checkpointing": True,
-        "workers": 8, "out": "runs/dro-sd15", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    },
-    "sdxl": {
-        "steps": 1600, "batch": 256, "micro_batch": 1, "lr": 1e-5, "margin": 0.001, "ema": 0.9999,
-        "caption_dropout": 0.2, "resolution": 1024, "precision": "bf16", "checkpointing": True,
-        "workers": 8, "out": "runs/dro-sdxl", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    },
-}  # fmt: skip
-
-
-def choose_experts(cfg, place, scores, file):
-    """The best images of a pair set -> a parquet file (caption, image, score) that training reads, and
-    dpo_baseline.py --sft --data too."""
-    from datasets import Dataset
-
-    best = {(row, side): value for row, side, value in top_experts(scores, cfg.experts)}
+def choose_experts(cfg, dist_info, table, scores):
+    """The best images of a pair set, as a parquet file (caption, image, score) in --cache."""
+    best = top_experts(scores, cfg.experts)
     if not best:
         raise common.InputError(f"--data {cfg.data}: no image of it has a score")
-    if place.main:
-        found, last = {}, max(row for row, _ in best)
-        for i, row in enumerate(common.open_rows(cfg.data, ("caption", *common.PAIR), streaming=True)):
-            for side, name in enumerate(common.PAIR):
-                if (i, side) in best:
-                    if common.item_key(row, name) != scores[f"key_{side}"][i]:
-                        continue
-                    image, value = common.raw_bytes(row[name]), best[i, side]
-                    found[i, side] = {"caption": row["caption"], "image": image, "score": value}
-            if i == last:
-                break
-        if len(found) < len(best):
-            raise common.InputError(f"--scores {cfg.scores} was made from other rows than --data")
-        Dataset.from_list([found[item] for item in best]).to_parquet(f"{file}.new")
-        Path(f"{file}.new").replace(file)
-        low, high = min(best.values()), max(best.values())
-        print(f"{len(best)} experts, scored {low:.4g} to {high:.4g}: {file}", flush=True)
+    items = [int(scores[f"key_{side}"][row]) for row, side, _ in best]
+    name = common.content_key(str([*items, *(value for _, _, value in best)]).encode())
+    file = Path(cfg.cache) / "experts" / f"{name:+x}.parquet"
+    if dist_info.is_main and not file.exists():
+        write_experts(cfg, table, scores, best, file)
+    if dist_info.is_main:
+        text = f"{len(best)} experts, scored {best[-1][2]:.4g} to {best[0][2]:.4g}"
+        print(f"{text}: {Path(cfg.out) / 'experts.parquet'}", flush=True)
+    common.barrier()
+    return file
+
+
+def write_experts(cfg, table, scores, best, file):
+    from datasets import Dataset
+
+    rows = sorted({row for row, _, _ in best})
+    wanted = {(row, side): value for row, side, value in best}
+    columns = ("caption", *table.image_columns)
+    found = {}
+    for number, row in table.source.rows(columns, torch.tensor(rows).numpy()):
+        for side, name in enumerate(table.image_columns):
+            if (number, side) not in wanted:
+                continue
+            key = common.item_key(common.image_key(row[name]), common.caption_key(row["caption"]))
+            if key != scores[f"key_{side}"][number]:
+                text = (
+                    f"--scores {cfg.scores} was made from other rows than --data: see row {number}"
+                )
+                raise common.InputError(text)
+            score = wanted[number, side]
+            found[number, side] = {"caption": row["caption"], "image": row[name], "score": score}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with common.atomic(file) as temporary:
+        Dataset.from_list([found[row, side] for row, side, _ in best]).to_parquet(temporary)
+
+
+def keep_experts(cfg, file, dist_info):
+    """Keep the experts beside the run: dpo_baseline.py --sft --data reads them too."""
+    if file and dist_info.is_main:
+        with common.atomic(Path(cfg.out) / "experts.parquet") as temporary:
+            temporary.write_bytes(file.read_bytes())
     common.barrier()
 
 
-def main(argv=None):
-    cfg = common.parse(Config, PRESETS, argv)
-    place = common.setup()
-    common.check(cfg, place)
-    models = common.Models(cfg, place.device)
-    ref = common.reference_unet(models, cfg)
-    M, S, T = cfg.refresh_every, cfg.rollout_steps, len(models.alpha_bar)
-    if T % S:
-        raise common.InputError(f"--rollout_steps {S} does not divide the model's {T} timesteps")
-    if models.alpha_bar[-1] == 0:
-        raise common.InputError(f"--model {cfg.model}: no signal at its last timestep; rollouts need some")
-    if 0 < cfg.buffer < cfg.batch:
-        raise common.InputError(f"--buffer {cfg.buffer} holds less than a step's --batch {cfg.batch}")
-
-    # The experts: a set of images as it is, or the best of a set of pairs.
-    if common.layout(cfg.data, common.PAIR, common.SINGLE) == common.PAIR:
-        find_scores = common.open_scores(cfg, models, place)
-        common.claim(cfg, place)
-        experts = Path(cfg.out) / "experts.parquet"
-        if not common.agree(experts.exists()):
-            choose_experts(cfg, place, find_scores(), experts)
-        del find_scores  # and with it the reward model
-        source = common.open_source(replace(cfg, data=str(experts)), models, place, common.SINGLE)
-    else:
-        source = common.open_source(cfg, models, place, common.SINGLE)
-        common.claim(cfg, place, source.good)
-    samples = common.Samples(source, source.good, cfg, models)
-
-    # One buffer for each micro-batch of a step: then it does not matter which GPU does which. The policy is
-    # the trained UNet itself, or a copy of it that is refreshed every M updates.
-    mine = range(place.rank, cfg.batch // cfg.micro_batch, place.world)
-    buffers = {i: ReplayBuffer(cfg.buffer * cfg.micro_batch // cfg.batch) for i in mine if cfg.buffer}
-    keep = {f"buffer-{i}": buffer for i, buffer in buffers.items()}
-    if M > 1:
-        keep["policy"] = common.reference_unet(models, cfg)  # a frozen copy
-    run = common.Run(cfg, place, models, samples, keep)
-    policy = keep["policy"] if M > 1 else run.bare
-    for micro_batches in run.steps():
-        if M > 1 and run.step % M == 0:
-            common.copy_weights(models.unet, policy)
-        for i, batch in zip(mine, micro_batches):
-            x0, cond = models.encode(batch)  # (B, 4, h, w)
-
-            def eps_fn(x, t, rows):  # the policy; no guidance; the expert's own caption
-                return models.predict_eps(policy, x, t, common.take(cond, rows))
-
-            # A trajectory has S levels, T / S apart; its offset is such that it meets t, at step `stop`.
-            t, apart = batch["t"], T // S
-            levels, stop = torch.arange(S - 1, -1, -1)[:, None] * apart + t % apart, S - 1 - t // apart
-            starts = (common.generator(cfg.seed, "rollout", k) for k in batch["index"].tolist())
-            xT = torch.stack([torch.randn(samples.latent, generator=start) for start in starts])
-            with torch.no_grad():
-                xp, ep, t = rollout(eps_fn, xT.to(place.device), levels, stop, models.alpha_bar)
-            if cfg.buffer:
-                buffers[i].push({"x0": x0, "xp": xp, "ep": ep, "t": t, **cond})
-                item = buffers[i].sample(len(x0), common.generator(cfg.seed, "replay", run.step, i))
-                x0, xp, ep, t = (item.pop(k) for k in ("x0", "xp", "ep", "t"))
-                cond = item  # what is left
-
-            # Experts with drawn noise, then the policy's samples, at the same t and with the same captions.
-            noise = batch["noise"].to(place.device)
-            clean = torch.cat([x0, common.predicted_x0(xp, ep, t, models.alpha_bar)])
-            xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), xp])
-            t, cond = t.repeat(2), {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in cond.items()}
-            target = models.target(clean, torch.cat([noise, ep]), t)
-            with torch.no_grad():
-                ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
-
-            err = denoising_error(models.predict(run.unet, xt, t, cond), target)
-            losses, gap = dro_loss(err, ref_err, cfg.margin)
-            # d loss / d prediction of an image has a norm in proportion to sqrt(err) where the hinge is on
-            pull = err.detach().sqrt() * (losses > 0).repeat(2)
-            expert, sample = err.chunk(2)
-            run.backward(losses.mean(), {
-                "active": (losses > 0).float().mean(), "gap": gap.mean(),
-                "err_expert": expert.mean(), "err_policy": sample.mean(),
-                "policy_share": pull[len(x0) :].sum() / pull.sum().clamp_min(1e-12),
-            })  # fmt: skip
-        run.update()
-    run.finish()
-
-
 if __name__ == "__main__":
-    common.launch(main)
+    common.run_script(main)

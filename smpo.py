@@ -1,158 +1,273 @@
-"""SmPO-Diffusion (Lu et al., ICML 2025, arXiv 2506.02698): smoothed preferences, and noise by inversion.
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
+"""SmPO-Diffusion (Lu et al., ICML 2025, arXiv 2506.02698): smoothed preferences, inverted noise.
 
-1. People differ, so "image 0 won" becomes a probability p from a reward model; the loss fades to zero
-   gradient where the two images are equally good.
-2. The noise of each image is not drawn but found: DDIM inversion with the current model, refined by ReNoise.
+1. People differ, so "image 0 won" becomes a probability p from a reward model. The loss fades to
+   zero gradient where the two images are equally good.
+2. The noise of an image is not sampled but found: by DDIM inversion with the current model,
+   refined by ReNoise.
 
     paper        here      shape
-    x_0          x0        (2B, 4, h, w)  latents: images 0 of the batch, then images 1; no winner, no loser
-    x_t, tau     xt, eps   (2B, 4, h, w)  where the inversion ends, and the noise that would have led there
-    eps_theta    err       (2B,)          denoising error of the trained UNet (mean over C, h, w, in fp32)
-    eps_ref      ref_err   (2B,)          the same of the frozen start UNet
+    x_0          x0        (2B, 4, h, w)  latents: images 0 of the micro-batch, then images 1
+    x_t          xt        (2B, 4, h, w)  where the inversion of x0 ends
+    tau          eps       (2B, 4, h, w)  the noise that leads from x0 to xt
+    eps_theta    err       (2B,)          denoising error of the trained UNet (a mean, in fp32)
+    eps_ref      ref_err   (2B,)          the same of the frozen initial UNet
     alpha/gamma  p         (B,)           probability that image 0 is preferred
     beta         beta      float          KL strength
-    gamma        gamma     float          how sharp preferences are: the weight is gamma (2p - 1)
+    gamma        gamma     float          sharpness: a pair's weight runs from -gamma to gamma
 
 What changes against dpo_baseline.py:
     1. preference_probability: the label becomes p, from the difference of two reward scores
     2. smpo_loss: the margin is weighted by gamma (2p - 1), which carries the sign
-    3. the training step finds xt and eps by common.renoise_invert; each image has its own
-    4. before training, every pair is scored once
+    3. the training step finds xt and eps by common.renoise_invert, for each image its own
+    4. before training, every pair is scored once by the reward model
 
-    torchrun smpo.py                                                      # the tiny world, CPU, minutes
-    torchrun smpo.py --preset sd15 --model M --data D --unet U    # one GPU; U: dpo_baseline.py --sft
+The paper's text could not be had in full: what is called its equation here rests on secondary
+notes of it and on the released code. tests/README.md lists where this code departs from that.
+
+    torchrun smpo.py                                             # the tiny world, CPU, minutes
+    torchrun smpo.py --preset sd15 --model M --data D --unet U   # U: by dpo_baseline.py --sft
     torchrun --nproc_per_node=8 smpo.py --preset sdxl --model M --data D
 """
 
+import common
+from common import option
 from dataclasses import dataclass
-from typing import Literal
-
+import eval as evaluation
 import torch
 import torch.nn.functional as F
-
-import common
-from common import flag
+from typing import Literal
 
 
 def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
-    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: differences of 1e-4 matter."""
+    """Mean squared error of each image, (N, C, h, w) -> (N,), in fp32: 1e-4 matters here."""
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
 def preference_probability(score_0, score_1, lo, hi):
-    """p (B,) = probability that image 0 is preferred, from two scores (B,) of a reward model and the smallest
-    and largest score of the data set: softmax over the min-max normalised scores."""
+    """The probability (B,) that image 0 is preferred, from two scores (B,) of a reward model.
+
+    lo and hi are the smallest and largest score of the data set. Min-max normalised with them, the
+    scores go through a softmax over the two images, which is a sigmoid of their difference."""
     return torch.sigmoid((score_0 - score_1) / (hi - lo))
 
 
+# Smoothing replaces each likelihood by a mixture in which the other image has a part (Eq. 8):
+#     p~(x_0) = p(x_0)^alpha  p(x_1)^(gamma - alpha)
+#     p~(x_1) = p(x_1)^alpha  p(x_0)^(gamma - alpha)
+# With L_i = log(p_theta(x_i) / p_ref(x_i)), the difference of the two log-ratios in DPO becomes
+#     alpha L_0 + (gamma - alpha) L_1 - alpha L_1 - (gamma - alpha) L_0
+#         = (2 alpha - gamma) (L_0 - L_1),
+# and with alpha = gamma p the weight is gamma (2p - 1). Its sign says which image is preferred; it
+# is 0 where p = 1/2. Swapping the two images changes both signs, so their order does not matter.
 def smpo_loss(err, ref_err, p, beta, gamma):
-    """SmPO, arXiv 2506.02698 Eq. 9 (by a secondary note of the paper). err, ref_err (2B,): denoising errors
-    of the trained and the frozen UNet, images 0 first, then images 1; p (B,). Returns losses (B,) and the
-    detached margin in favour of image 0 (B,)."""
-    log_ratio = ref_err - err  # grows as the trained UNet denoises an image better than the reference does
-    image_0, image_1 = log_ratio.chunk(2)
-    margin = image_0 - image_1
-    weight = gamma * (2 * p - 1)  # the paper's 2 alpha - gamma; its sign says who wins, p = 1/2 fades out
+    """SmPO, arXiv 2506.02698 Eq. 9. err, ref_err (2B,): denoising errors of the trained and of the
+    frozen UNet, all images 0 first, then all images 1; p (B,). Returns the losses (B,) and the
+    detached margin (B,), above 0 where the trained model has moved towards image 0."""
+    log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
+    log_ratio_0, log_ratio_1 = log_ratio.chunk(2)  # (B,) each
+    margin = log_ratio_0 - log_ratio_1  # (B,)
+    weight = gamma * (2 * p - 1)  # (B,) the paper's 2 alpha - gamma
     losses = -F.logsigmoid(0.5 * beta * weight * margin)  # p = gamma = 1 is Diffusion-DPO
     return losses, margin.detach()
 
 
 @dataclass
-class Config(common.RewardConfig):
-    beta: float = flag(2000.0, "KL strength: larger stays closer to the reference; too small ruins it", ">0")
-    gamma: float = flag(10.0, "sharpness of the smoothed preference: weights run from -gamma to gamma", ">0")
-    inversion_steps: int = flag(5, "DDIM steps from clean to t = T; 0 draws noise: smoothing alone", ">=0")
-    renoise: int = flag(1, "1: ReNoise, a second look at each inversion step; 0: plain DDIM inversion", ">=0")
-    landing: Literal["t", "grid"] = flag("grid", "where inversion ends: drawn t, or first grid level >= t")
-    ask: Literal["end", "start"] = flag("start", "level that a step tells the UNet; end: ReNoise's own")
-    min_t: int = flag(0, "smallest t; near 0 found noise is a difference divided by nearly nothing", ">=0")
-    reward_min: float | None = flag(None, "smallest reward, for the normalisation; default: the data's own")
-    reward_max: float | None = flag(None, "largest; released code: 11.5435, 28.2016 in PickScore's unit")
+class Config(evaluation.RewardConfig):
+    beta: float = option(2000.0, "KL strength: larger stays closer to the reference model", ">0")
+    gamma: float = option(10.0, "sharpness of the smoothed preference", ">0")
+    inversion: Literal["release", "above", "paper", "none"] = option(
+        "release", "which inversion finds the noise; none: sampled noise, which is smoothing alone"
+    )
+    inversion_steps: int = option(5, "inversion steps from clean to the last timestep", ">0")
+    renoise: Literal[0, 1] = option(1, "1: ReNoise, a second prediction for a step; 0: plain DDIM")
+    reward_min: float | None = option(None, "smallest reward; default: the data's own")
+    reward_max: float | None = option(None, "largest reward; default: the data's own")
 
 
-# sd15, sdxl: Diffusion-DPO's batch, steps, lr, warm-up, caption dropout and beta, which the release builds
-# on; gamma 10, five inversion steps, grid landing, asked at a step's start: SmPO's release under the library
-# it pins. Precision, micro-batch, workers are ours.
-# tiny: searched; tests/tiny/searches.md has what was tried.
+# The released code's constants for the normalisation, 100 times its cosines: PickScore's unit.
+RELEASED_RANGE = {"reward_min": 11.543526500463486, "reward_max": 28.201571106910706}
+
+# sd15 and sdxl are the released launchers: 200 steps of 1,024 pairs at lr 1e-8 x 1024, warm-up 100,
+# gamma 10, inversion in 5 steps (SDXL: 10), AdamW (SDXL: Adafactor, beta 5,000), caption dropout
+# 0.2, each image flipped on its own, PickScore. Ours: precision, micro-batch, checkpointing, clip.
+# tiny: searched, see tests/tiny/searches.md.
 PRESETS = {
-    "tiny": common.tiny("smpo") | {
-        "steps": 100, "batch": 32, "micro_batch": 32, "lr": 2e-5, "warmup": 10, "beta": 300.0,
-        "caption_dropout": 0.1, "ema": 0.9999, "reward": str(common.TINY / "reward"),
+    "tiny": common.tiny_preset("smpo")
+    | {
+        "steps": 100,
+        "batch": 32,
+        "micro_batch": 32,
+        "lr": 2e-5,
+        "warmup": 10,
+        "beta": 300.0,
+        "caption_dropout": 0.1,
+        "ema": 0.9999,
+        "reward": str(common.TINY / "reward"),
     },
     "sd15": {
-        "steps": 2000, "batch": 2048, "micro_batch": 8, "lr": 2.048e-5, "warmup": 500, "beta": 2000.0,
-        "caption_dropout": 0.2, "flip": True, "resolution": 512, "precision": "bf16", "checkpointing": True,
-        "workers": 8, "out": "runs/smpo-sd15", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "steps": 200,
+        "batch": 1024,
+        "micro_batch": 32,
+        "lr": 1.024e-5,
+        "warmup": 100,
+        "beta": 2000.0,
+        "inversion_steps": 5,
+        "caption_dropout": 0.2,
+        "flip": True,
+        "resolution": 512,
+        "precision": "bf16",
+        "checkpointing": True,
+        "workers": 8,
+        "save_every": 20,
+        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "out": "runs/smpo-sd15",
+        **RELEASED_RANGE,
     },
     "sdxl": {
-        "steps": 2000, "batch": 2048, "micro_batch": 2, "lr": 2.048e-5, "warmup": 500, "beta": 5000.0,
+        "steps": 200,
+        "batch": 1024,
+        "micro_batch": 8,
         "optimizer": "adafactor",
-        "caption_dropout": 0.2, "flip": True, "resolution": 1024, "precision": "bf16", "checkpointing": True,
-        "workers": 8, "out": "runs/smpo-sdxl", "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "lr": 1.024e-5,
+        "warmup": 100,
+        "beta": 5000.0,
+        "inversion_steps": 10,
+        "caption_dropout": 0.2,
+        "flip": True,
+        "resolution": 1024,
+        "precision": "bf16",
+        "checkpointing": True,
+        "workers": 8,
+        "save_every": 5,
+        "vae": "madebyollin/sdxl-vae-fp16-fix",
+        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "out": "runs/smpo-sdxl",
+        **RELEASED_RANGE,
     },
-}  # fmt: skip
+}
+SFT_START = (
+    "note: the published recipe starts from an SFT model, which was never released: make one with\n"
+    "      dpo_baseline.py --preset sd15 --sft --lr 2.048e-6 --out runs/sft, then --unet runs/sft"
+)
+NOTES = {"sd15": SFT_START}  # what a preset's recipe needs besides, said where --unet is not given
 
 
 def main(argv=None):
     cfg = common.parse(Config, PRESETS, argv)
-    place = common.setup()
-    common.check(cfg, place)
-    models = common.Models(cfg, place.device)
-    ref, T = common.reference_unet(models, cfg), len(models.alpha_bar)
-    if cfg.min_t >= T:
-        raise common.InputError(f"--min_t {cfg.min_t} is not below the model's {T} timesteps")
+    forget_released_range(cfg)
+    dist_info = common.init_distributed()
+    common.validate_config(cfg, dist_info)
+    evaluation.test_run_judge(cfg)
+    if cfg.preset in NOTES and not cfg.unet and dist_info.is_main:
+        print(NOTES[cfg.preset])
+    with common.output_lock(cfg, dist_info):
+        train(cfg, dist_info)
 
-    # Rows to train on: not tied, every image decodes. Who won is not used: the reward says by how much.
-    source = common.open_source(cfg, models, place, common.PAIR)
-    usable = (source.labels != 0.5) & source.good
-    find_scores = common.open_scores(cfg, models, place, source)  # refuses what is wrong, scores when called
-    common.claim(cfg, place, usable)
 
-    # Every pair is scored once, ties too: the normalisers are the whole set's smallest and largest score.
-    scores = find_scores()
-    del find_scores  # and with it the reward model
-    s0, s1 = scores["score_0"], scores["score_1"]
-    both = torch.cat([s0, s1])
-    # what is found goes into cfg too: config.json tells it, and a resume compares it
-    lo = cfg.reward_min = both[both.isfinite()].min().item() if cfg.reward_min is None else cfg.reward_min
-    hi = cfg.reward_max = both[both.isfinite()].max().item() if cfg.reward_max is None else cfg.reward_max
-    if hi <= lo:
-        raise common.InputError(f"rewards run from {lo:g} to {hi:g}: nothing tells the images apart")
-    usable &= s0.isfinite() & s1.isfinite()
-    samples = common.Samples(source, usable, cfg, models, score_0=s0, score_1=s1)
+def train(cfg, dist_info):
+    models = common.Models(cfg, dist_info.device)
+    ref = common.reference_unet(models, cfg)
 
-    run = common.Run(cfg, place, models, samples)
-    for micro_batches in run.steps():
+    # Rows to train on: those that people decided. Who won is not used: the reward says by how much.
+    table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
+    scores = evaluation.pair_scores(cfg, table, dist_info)
+    lo, hi = reward_range(cfg, scores)
+    has_scores = scores["score_0"].isfinite() & scores["score_1"].isfinite()
+    samples = common.SampleStream(
+        cfg,
+        dist_info,
+        models,
+        table,
+        train_mask=(table.labels != 0.5) & has_scores,
+        sides=torch.tensor([[0, 1]]).expand(len(table.labels), 2),
+        score_0=scores["score_0"],
+        score_1=scores["score_1"],
+    )
+    table.check_scores(scores, cfg.scores)
+
+    common.prepare_output_dir(cfg, dist_info)
+    evaluation.keep_scores(cfg, scores, table, dist_info)
+    trainer = common.Trainer(cfg, dist_info, models, samples)
+    for micro_batches in trainer.steps():
         for batch in micro_batches:
-            x0, cond = models.encode(batch)  # (2B, 4, h, w): images 0, then images 1
-            t = (cfg.min_t + batch["t"] * (T - cfg.min_t) // T).repeat(2)  # one t a pair, in [min_t, T)
-            p = preference_probability(batch["score_0"], batch["score_1"], lo, hi).to(place.device)
+            # Latents and captions of images 0, then of images 1. A pair shares its timestep.
+            x0 = batch["x0"]
+            cond = batch["cond"]
+            t = batch["t"].repeat(2)
+            p = preference_probability(batch["score_0"], batch["score_1"], lo, hi)
 
-            def eps_fn(x, level, rows):  # the model as it is now, no DDP; no guidance; the pair's caption
-                return models.predict_eps(run.bare, x, level, common.take(cond, rows))
+            def predict_eps(
+                x, unet_t, idx
+            ):  # the current model, no guidance, the images' own captions
+                cond_idx = common.index_condition(cond, idx)
+                return models.predict_eps(trainer.no_grad_unet, x, unet_t, cond_idx)
 
             with torch.no_grad():
-                if cfg.inversion_steps:  # find the noise of each image
-                    how = cfg.inversion_steps, cfg.renoise, cfg.landing, cfg.ask
-                    xt, eps = common.renoise_invert(eps_fn, x0, t, models.alpha_bar, *how)
-                else:  # draw it, one for both images
-                    eps = batch["noise"].repeat(2, 1, 1, 1).to(place.device)
+                # x_t and its noise: found by inversion, or sampled (one noise for both images).
+                if cfg.inversion == "none":
+                    eps = batch["noise"].repeat(2, 1, 1, 1)
                     xt = common.add_noise(x0, eps, t, models.alpha_bar)
-                target = models.target(x0, eps, t)
+                else:
+                    xt, eps = common.renoise_invert(
+                        predict_eps,
+                        x0,
+                        t,
+                        models.alpha_bar,
+                        cfg.inversion_steps,
+                        cfg.inversion,
+                        cfg.renoise,
+                    )
+                target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
+
+                # Denoising error of the reference model.
                 ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
 
-            err = denoising_error(models.predict(run.unet, xt, t, cond), target)
+            # Denoising error of the trained model, loss and gradient.
+            err = denoising_error(models.predict(trainer.unet, xt, t, cond), target)
             losses, margin = smpo_loss(err, ref_err, p, cfg.beta, cfg.gamma)
-            for_0, (err_0, err_1) = p > 0.5, err.chunk(2)
-            margin = torch.where(for_0, margin, -margin)  # in favour of the image the reward prefers
-            run.backward(losses.mean(), {
-                "accuracy": (margin > 0).float().mean(), "margin": margin.mean(),
-                "err_winner": torch.where(for_0, err_0, err_1).mean(),
-                "err_loser": torch.where(for_0, err_1, err_0).mean(),
-            })  # fmt: skip
-        run.update()
-    run.finish()
+            trainer.backward(losses.mean(), values_to_log(margin, err, p))
+        trainer.optimizer_step()
+    trainer.finish()
+    evaluation.final_evaluation(cfg)
+
+
+def values_to_log(margin, err, p):
+    """As DPO's log: here the winner is the image that the reward model prefers."""
+    prefers_0 = p > 0.5
+    err_0, err_1 = err.chunk(2)
+    margin = torch.where(prefers_0, margin, -margin)
+    return {
+        "accuracy": (margin > 0).float().mean(),
+        "margin": margin.mean(),
+        "err_winner": torch.where(prefers_0, err_0, err_1).mean(),
+        "err_loser": torch.where(prefers_0, err_1, err_0).mean(),
+    }
+
+
+def forget_released_range(cfg):
+    """The released range is PickScore's: not for another reward model, nor for --scores."""
+    other_reward = cfg.scores or cfg.reward != evaluation.PICKSCORE
+    for name, value in RELEASED_RANGE.items():
+        if other_reward and getattr(cfg, name) == value:
+            setattr(cfg, name, None)
+
+
+def reward_range(cfg, scores):
+    """(lo, hi) for the normalisation: as given, or the smallest and largest score of the whole set,
+    ties included. What is found goes into cfg: config.json records it, and a resume compares it."""
+    all_scores = torch.cat([scores["score_0"], scores["score_1"]])
+    all_scores = all_scores[all_scores.isfinite()]
+    if cfg.reward_min is None:
+        cfg.reward_min = all_scores.min().item()
+    if cfg.reward_max is None:
+        cfg.reward_max = all_scores.max().item()
+    if cfg.reward_max <= cfg.reward_min:
+        text = f"rewards run from {cfg.reward_min:g} to {cfg.reward_max:g}"
+        raise common.InputError(f"{text}: nothing tells the images apart")
+    return cfg.reward_min, cfg.reward_max
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    common.run_script(main)
