@@ -1877,9 +1877,9 @@ class RowTable:
             [os.path.abspath(self.source.path), self.source.path, self.image_columns]
         )
         self.file = Path(cfg.cache) / "rows" / f"{content_key(about.encode()):+x}.safetensors"
-        self.fingerprint = broadcast_from_main(
-            self.source.fingerprint() if dist_info.is_main else None
-        )
+        unknown = f"unknown {uuid.uuid4()}"  # then it never holds at the next start
+        known = self.source.fingerprint() if dist_info.is_main else None
+        self.fingerprint = broadcast_from_main(known or unknown)
         if broadcast_from_main(dist_info.is_main and not self.load()):
             if dist_info.is_main:
                 self.scan()
@@ -1902,13 +1902,13 @@ class RowTable:
         tensors = {name: getattr(self, name) for name in ("labels", "caption_keys", "image_keys")}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(self.file) as temporary:
-            save_file(tensors, temporary, {"fingerprint": str(self.fingerprint)})
+            save_file(tensors, temporary, {"fingerprint": self.fingerprint})
 
     def load(self):
         """Whether the kept table is there and of the set as it is now."""
         try:
             with safe_open(self.file, "pt") as file:
-                if file.metadata()["fingerprint"] != str(self.fingerprint):
+                if file.metadata()["fingerprint"] != self.fingerprint:
                     return False
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             self.labels = tensors["labels"]
@@ -1925,7 +1925,7 @@ class RowTable:
         found = all_gather_objects((known, self.image_keys[known[:, 0], known[:, 1]]))
         for where, keys in found:
             self.image_keys[where[:, 0], where[:, 1]] = keys
-        if self.dist_info.is_main and self.fingerprint is not None:
+        if self.dist_info.is_main:
             self.save()
         barrier()
 
@@ -1983,6 +1983,14 @@ class SampleStream:
         self.rows = self.encode_what_is_met()
         self.encode_captions()
         models.free_encoders()  # their work is done: the memory is for the training
+        if dist_info.is_main:
+            usable = len(self.train_rows) - self.skipped
+            print(f"{usable:,} of {len(train_mask):,} rows can be used{self.skipped_text()}")
+
+    def skipped_text(self):
+        if not self.skipped:
+            return ""
+        return f" ({self.skipped:,} were skipped: an image of them does not decode)"
 
     def draw_flips(self):
         """(samples, K) bool: which images are mirrored. Drawn ahead, since the cache needs to
@@ -1998,12 +2006,16 @@ class SampleStream:
 
     def encode_what_is_met(self):
         """The row of each sample, (samples,), once every image of these rows is in the cache."""
+        before = None
         while True:
-            rows = self.choose_rows()
+            rows = broadcast_from_main(self.choose_rows())
             to_read = broadcast_from_main(self.rows_to_read(rows))
             if not len(to_read):
                 return rows
+            if np.array_equal(to_read, before):
+                raise InputError(f"--data {self.cfg.data} changes while it is read")
             self.encode_images(rows, to_read)
+            before = to_read
 
     def choose_rows(self):
         """The row of each sample, as far as is known: each epoch is a new order of the training
@@ -2700,7 +2712,7 @@ class Trainer:
             self.save_unet(self.output_name)
             for old in self.out.glob(".previous-*"):
                 shutil.rmtree(old)
-            print(f"wrote {self.out / self.output_name}", flush=True)
+            print(f"wrote {self.out / self.output_name}{self.samples.skipped_text()}", flush=True)
         barrier()
 
 

@@ -267,87 +267,53 @@ def train(cfg, dist_info):
 
     # The experts: a set of images as it is, or the best images of a set of pairs.
     table, experts_file = open_experts(cfg, dist_info)
-    samples = common.SampleStream(
-        cfg,
-        dist_info,
-        models,
-        table,
-        train_mask=torch.ones(len(table.labels), dtype=torch.bool),
-        sides=torch.zeros(len(table.labels), 1, dtype=torch.long),
-    )
-
+    rows = len(table.labels)
+    train_mask = torch.ones(rows, dtype=torch.bool)
+    sides = torch.zeros(rows, 1, dtype=torch.long)  # a row has one image
+    samples = common.SampleStream(cfg, dist_info, models, table, train_mask, sides)
     common.prepare_output_dir(cfg, dist_info)
     keep_experts(cfg, experts_file, dist_info)
 
-    # The policy is the trained UNet, or with M > 1 a copy of it that is refreshed every M updates.
-    extra_state = {}
-    policy_copy = None
-    if cfg.refresh_every > 1:
-        policy_copy = common.policy_unet(models, cfg)
-        extra_state["policy"] = policy_copy
-    buffers = make_buffers(cfg, dist_info)
-    extra_state |= {f"buffer-{number}": buffer for number, buffer in buffers.items()}
-    trainer = common.Trainer(cfg, dist_info, models, samples, extra_state)
-    # Then the trained UNet would answer the policy's samples as the policy did: error and gradient
-    # 0.
-    policy_is_trained = policy_copy is None and not cfg.buffer
-
+    policy = Policy(cfg, dist_info, models)
+    trainer = common.Trainer(cfg, dist_info, models, samples, policy.extra_state)
     for micro_batches in trainer.steps():
-        if policy_copy is not None and trainer.step % cfg.refresh_every == 0:
-            common.copy_weights(models.unet, policy_copy)
-        policy = trainer.no_grad_unet if policy_copy is None else policy_copy
+        policy.refresh(trainer)
         for batch in micro_batches:
-            x0 = batch["x0"]  # (B, 4, h, w) the experts
-            cond = batch["cond"]
+            # A sample of the policy for each expert: the same caption, and the same timestep.
+            item = policy.sample(batch, trainer)
+            x0 = item["x0"]  # (B, 4, h, w) the experts
+            t = item["t"]
+            B = len(x0)
+
+            # x_t, first of the experts with sampled noise, then of the policy; and their targets.
             noise = batch["noise"]
+            x0_policy = common.predicted_x0(
+                item["x_policy"], item["eps_policy"], t, models.alpha_bar
+            )
+            xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), item["x_policy"]])
+            eps = torch.cat([noise, item["eps_policy"]])
+            t = t.repeat(2)
+            target = models.target(torch.cat([x0, x0_policy]), eps, t)  # eps, or v
+            cond = {name: torch.cat([value, value]) for name, value in item["cond"].items()}
 
-            # The policy's samples at timestep t, with the experts' captions.
-            def predict_eps(x, unet_t, idx, policy=policy, cond=cond):  # no guidance
-                return models.predict_eps(policy, x, unet_t, common.index_condition(cond, idx))
-
-            timesteps, stop = trajectory(batch["t"], len(models.alpha_bar), cfg.rollout_steps)
-            xT = start_noise(cfg.seed, batch["index"], samples.latent_shape).to(x0.device)
-            with torch.no_grad():
-                rolled = rollout(predict_eps, xT, timesteps, stop, models.alpha_bar)
-            x_policy, eps_policy, t = rolled
-            if cfg.buffer:
-                new = {"x0": x0, "x_policy": x_policy, "eps_policy": eps_policy, "t": t, **cond}
-                buffer = buffers[batch["number"]]
-                buffer.push(new)
-                random = common.generator(cfg.seed, "replay", trainer.step, batch["number"])
-                cond = buffer.sample(len(x0), random)
-                x0, x_policy, eps_policy, t = (
-                    cond.pop(name) for name in ("x0", "x_policy", "eps_policy", "t")
-                )
-
-            # Experts with sampled noise, then the policy's samples, at the same t and captions.
-            x0_policy = common.predicted_x0(x_policy, eps_policy, t, models.alpha_bar)
-            xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), x_policy])
-            t_both = t.repeat(2)
-            eps = torch.cat([noise, eps_policy])
-            target = models.target(torch.cat([x0, x0_policy]), eps, t_both)  # eps, or v
-            cond_both = {name: torch.cat([value, value]) for name, value in cond.items()}
-
-            def error(unet, rows, xt=xt, t=t_both, cond=cond_both, target=target):
+            def error(unet, rows, xt=xt, t=t, cond=cond, target=target):
                 cond_rows = common.index_condition(cond, rows)
                 prediction = models.predict(unet, xt[rows], t[rows], cond_rows)
                 return denoising_error(prediction, target[rows])
 
-            # Errors of the reference and of the trained model. Kernels round differently for other
-            # batch sizes: both models get the same, so that the gap at step 0 is exactly 0.
-            experts = slice(0, len(x0))
-            policy_samples = slice(len(x0), 2 * len(x0))
-            both = slice(0, 2 * len(x0))
+            # Denoising errors of the reference and of the trained model. Kernels round differently
+            # for other batch sizes. Both models get the same, so the gap at step 0 is exactly 0.
+            experts = slice(0, B)
             with torch.no_grad():
-                if policy_is_trained:
-                    ref_err = torch.cat([error(ref, experts), error(ref, policy_samples)])
+                if policy.is_trained_unet:
+                    ref_err = torch.cat([error(ref, experts), error(ref, slice(B, 2 * B))])
                 else:
-                    ref_err = error(ref, both)
-            if policy_is_trained:
+                    ref_err = error(ref, slice(0, 2 * B))
+            if policy.is_trained_unet:  # its error against its own prediction is 0: see above
                 err_expert = error(trainer.unet, experts)
                 err = torch.cat([err_expert, torch.zeros_like(err_expert)])
             else:
-                err = error(trainer.unet, both)
+                err = error(trainer.unet, slice(0, 2 * B))
 
             # Loss and gradient.
             losses, gap = dro_loss(err, ref_err, cfg.margin)
@@ -355,6 +321,58 @@ def train(cfg, dist_info):
         trainer.optimizer_step()
     trainer.finish()
     evaluation.final_evaluation(cfg)
+
+
+class Policy:
+    """The model that is sampled from: the trained UNet itself, or with M > 1 a copy of it that is
+    refreshed every M updates. With --buffer, samples are also drawn again later.
+
+    is_trained_unet: the trained UNet would answer every sample exactly as the policy did."""
+
+    def __init__(self, cfg, dist_info, models):
+        self.cfg = cfg
+        self.models = models
+        self.copy = common.policy_unet(models, cfg) if cfg.refresh_every > 1 else None
+        self.is_trained_unet = self.copy is None and not cfg.buffer
+        # One buffer for each of this rank's micro-batches of a step, by number: then it does not
+        # matter which rank has which micro-batch.
+        count = cfg.batch // cfg.micro_batch
+        mine = range(dist_info.rank, count, dist_info.world_size) if cfg.buffer else ()
+        self.buffers = {number: ReplayBuffer(cfg.buffer // count) for number in mine}
+        self.extra_state = {f"buffer-{number}": buffer for number, buffer in self.buffers.items()}
+        if self.copy is not None:
+            self.extra_state["policy"] = self.copy
+
+    def refresh(self, trainer):
+        if self.copy is not None and trainer.step % self.cfg.refresh_every == 0:
+            common.copy_weights(self.models.unet, self.copy)
+
+    def sample(self, batch, trainer):
+        """A dict of B experts with a policy sample each: x0, x_policy, eps_policy (B, 4, h, w), t
+        (B,), cond."""
+        cond = batch["cond"]
+        unet = trainer.no_grad_unet if self.copy is None else self.copy
+
+        def predict_eps(x, unet_t, idx):  # no guidance
+            return self.models.predict_eps(unet, x, unet_t, common.index_condition(cond, idx))
+
+        T = len(self.models.alpha_bar)
+        timesteps, stop = trajectory(batch["t"], T, self.cfg.rollout_steps)
+        x0 = batch["x0"]
+        xT = start_noise(self.cfg.seed, batch["index"], x0.shape[1:])
+        xT = common.to_device(xT, x0.device)
+        with torch.no_grad():
+            sampled = rollout(predict_eps, xT, timesteps, stop, self.models.alpha_bar)
+        x_policy, eps_policy, t = sampled
+        item = {"x0": x0, "x_policy": x_policy, "eps_policy": eps_policy, "t": t}
+        if self.cfg.buffer:
+            buffer = self.buffers[batch["number"]]
+            buffer.push({**item, **cond})
+            key = (self.cfg.seed, "replay", trainer.step, batch["number"])
+            drawn = buffer.sample(len(x0), common.generator(*key))
+            item = {name: drawn[name] for name in item}
+            cond = {name: drawn[name] for name in cond}
+        return {**item, "cond": cond}
 
 
 def check_rollout(cfg, models):
@@ -385,16 +403,6 @@ def start_noise(seed, index, shape):
     index."""
     generators = [common.generator(seed, "rollout", number) for number in index.tolist()]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-def make_buffers(cfg, dist_info):
-    """One buffer for each of this rank's micro-batches of a step, by number: then it does not
-    matter which rank has which micro-batch."""
-    if not cfg.buffer:
-        return {}
-    size = cfg.buffer * cfg.micro_batch // cfg.batch
-    my_micro_batches = range(dist_info.rank, cfg.batch // cfg.micro_batch, dist_info.world_size)
-    return {number: ReplayBuffer(size) for number in my_micro_batches}
 
 
 def values_to_log(losses, gap, err):
