@@ -1702,16 +1702,17 @@ class TensorStore:
         self.files = []
         self.tensors = {}  # file -> its tensors over a memory map, opened when first read
         self.keys = np.empty(0, np.int64)  # sorted
-        self.places = np.empty(
-            0, np.int64
-        )  # where each key's row is: file number * ROWS_PER_SHARD + row
+        # Where each key's row is: file number * ROWS_PER_SHARD + row.
+        self.places = np.empty(0, np.int64)
         self.undecodable = np.empty(0, np.int64)  # sorted keys of images that no decoder could read
         self.refresh()
 
     def refresh(self):
         """Take in the files that were written since, by this process or by others."""
         known = set(self.files)
-        keys, places, undecodable = [self.keys], [self.places], [self.undecodable]
+        keys = [self.keys]
+        places = [self.places]
+        undecodable = [self.undecodable]
         for file in sorted(self.folder.glob("*.safetensors")):
             if file in known:
                 continue
@@ -1821,7 +1822,10 @@ def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
     does not decode (in threads); encode(list of ENCODE_BATCH loaded) -> {name: (ENCODE_BATCH,
     ...)}. A batch always has that size, the last one by repetition: the last bits of a kernel's
     result depend on the batch size, and a row should not depend on the rows that came with it."""
-    keys, batch, encoded, undecodable = [], [], [], []
+    keys = []  # of the shard that is being made
+    encoded = []  # its batches
+    undecodable = []
+    batch = []  # what is going to be encoded next
 
     def encode_batch():
         padded = batch + batch[-1:] * (ENCODE_BATCH - len(batch))
@@ -1868,14 +1872,12 @@ class RowTable:
         self.source = open_rows(cfg.data)
         has = set(self.source.columns)
         self.image_columns = next((names for names in layouts if set(names) <= has), layouts[0])
-        self.columns = (
-            ("caption", "label_0") if self.image_columns == PAIR_COLUMNS else ("caption",)
-        )
+        self.columns = ("caption",)
+        if self.image_columns == PAIR_COLUMNS:
+            self.columns = ("caption", "label_0")
         require_columns(self.source, (*self.columns, *self.image_columns))
         self.dist_info = dist_info
-        about = json.dumps(
-            [os.path.abspath(self.source.path), self.source.path, self.image_columns]
-        )
+        about = f"{os.path.abspath(cfg.data)} {cfg.data} {self.image_columns}"
         self.file = Path(cfg.cache) / "rows" / f"{content_key(about.encode()):+x}.safetensors"
         unknown = f"unknown {uuid.uuid4()}"  # then it never holds at the next start
         known = self.source.fingerprint() if dist_info.is_main else None
@@ -1945,10 +1947,8 @@ class RowTable:
             read = self.image_keys[:, side] != 0
             other = (read & (keys != scores[f"key_{side}"])).nonzero()
             if len(other):
-                row = int(other[0])
-                raise InputError(
-                    f"--scores {name} was made from other rows than --data: see row {row}"
-                )
+                text = f"was made from other rows than --data: see row {int(other[0])}"
+                raise InputError(f"--scores {name} {text}")
 
 
 class SampleStream:

@@ -1,58 +1,107 @@
-"""A command of the project in a process of its own that starts in no time: importing torch and the libraries
-takes seconds, so a fork server does it once and each child is a fork of that. The child runs what `python
-smpo.py ...` runs, `common.launch(smpo.main)`, and can be killed, stopped or starved like any process."""
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A command of the project in a process of its own that starts in no time.
 
+Importing torch and the libraries takes seconds. A fork server does it once, and each child is a fork of
+it. The child runs what `python smpo.py ...` runs, `common.run_script(smpo.main)`, and can be killed,
+stopped or starved like any process.
+"""
+
+from fnmatch import fnmatch
 import importlib
 import multiprocessing
 import os
+from pathlib import Path
 import signal
 import sys
 import time
-from pathlib import Path
 
-# what the scripts import when they start, most of it lazily
+# What the scripts import when they start, most of it lazily.
 PRELOAD = [
-    "torch", "datasets", "transformers.models.clip.modeling_clip", "transformers.models.auto",
-    "transformers.models.clip.image_processing_pil_clip", "transformers.hf_argparser",
-    "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.schedulers.scheduling_ddpm", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "common", "smpo", "dro", "dpo_baseline", "eval",
-]  # fmt: skip
+    "torch",
+    "torch._dynamo",  # the optimizers import it at their first step, which takes seconds
+    "datasets",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.auto",
+    "transformers.models.clip.image_processing_pil_clip",
+    "transformers.hf_argparser",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "common",
+    "smpo",
+    "dro",
+    "dpo_baseline",
+    "eval",
+]
 ROOT = Path(__file__).parent.parent
-os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"  # the server's path
+# The server's path
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
 
 
-def run_in_child(name, flags, log, part, limit, ignore, environment):
+def run_in_child(name, flags, log, kill_at, limit, ignore_interrupt, environment):
     os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN if ignore else signal.default_int_handler)
+    os.chdir(Path(log).parent)  # the server's working folder is the one that the tests were started in
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignore_interrupt else signal.default_int_handler)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = open(1, "w", buffering=1)
+    sys.stderr = open(2, "w", buffering=1)
+    os.umask(int(environment.pop("UMASK", "0022"), 8))
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # a loader's workers: as without the fork server
+    import common
     import torch
 
-    import common
-
     torch.set_num_threads(1)
-    common.PART = part
+    if kill_at:
+        sys.addaudithook(killer(*kill_at))
     if limit:  # a file that grows beyond it fails as on a full disk, with a real error of the system
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    common.launch(lambda: importlib.import_module(name).main([str(flag) for flag in flags]))
+    common.run_script(lambda: importlib.import_module(name).main([str(flag) for flag in flags]))
+
+
+def killer(event, pattern, count=1):
+    """An audit hook that kills this process, as kill -9 does, just before the count-th event whose path
+    (the new path of a rename) fits the pattern. Events: "append", the opening of a file to append to it,
+    and what Python's audit table names, such as os.rename and os.remove. So a kill hits the same moment
+    on every machine."""
+    seen = 0
+
+    def hook(name, arguments):
+        nonlocal seen
+        if name == "open" and arguments[1] == "a":
+            name = "append"
+        if name != event:
+            return
+        path = str(arguments[1] if name == "os.rename" else arguments[0])
+        if fnmatch(path, pattern):
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
 
 
 class Child:
-    """A running command. part: common.PART, the rows of a part; limit: the largest file it may write; ignore:
-    start with SIGINT ignored, as after a shell's "&" without job control (and as, else, the tests might)."""
+    """A running command: a script's name without .py, its flags, and the file for all that it says.
 
-    def __init__(self, name, flags, log, part=256, limit=0, ignore=False, **environment):
+    kill_at: see `killer`; limit: the largest file that it may write, in bytes; ignore_interrupt: start
+    with SIGINT ignored, as after a shell's "&" without job control; environment: more variables, and
+    UMASK, in octal.
+    """
+
+    def __init__(
+        self, name, flags, log, kill_at=None, limit=0, ignore_interrupt=False, **environment
+    ):
         self.log = Path(log)
         self.log.unlink(missing_ok=True)
-        words = (name, list(flags), str(log), part, limit, ignore, environment)
+        words = (name, list(flags), str(log), kill_at, limit, ignore_interrupt, environment)
         self.process = context.Process(target=run_in_child, args=words)
         self.process.start()
 
@@ -61,32 +110,36 @@ class Child:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.send(signal.SIGKILL, group=True)
-            raise TimeoutError(self.log.read_text()[-3000:])
+            raise TimeoutError(self.output[-3000:])
         return self.process.exitcode
 
     def send(self, number, group=False):
         (os.killpg if group else os.kill)(self.process.pid, number)
 
-    def send_when(self, reached, number=signal.SIGKILL, group=False, timeout=120):
-        """Send a signal once reached() holds, and surely while it holds. Returns the exit code; 0 where the
-        process ended before it was caught at that moment."""
+    def stop_when(self, reached, timeout=120):
+        """Halt it (SIGSTOP) once reached() holds, and surely while it holds. False where the process
+        ended before it was caught at that moment."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and time.monotonic() < end:
             if reached():
                 self.send(signal.SIGSTOP)
                 time.sleep(0.002)  # until it stands still
-                held = reached()
-                if held:
-                    self.send(number, group)
+                if reached():
+                    return True
                 self.send(signal.SIGCONT)
-                if held:
-                    break
             time.sleep(0.0005)
-        return self.wait(max(1, end - time.monotonic()))
+        return False
+
+    def send_when(self, reached, number=signal.SIGKILL, group=False, timeout=120):
+        """Send a signal while reached() holds. Returns the exit code; 0 where the process ended before."""
+        if self.stop_when(reached, timeout):
+            self.send(number, group)
+            self.send(signal.SIGCONT)
+        return self.wait(timeout)
 
     @property
     def output(self):
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
     @property
     def error(self):

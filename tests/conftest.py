@@ -1,40 +1,48 @@
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the tests: the repository on the path, one thread a process, and small data sets cut from the
 tiny world."""
 
 import json
-import sys
 from pathlib import Path
-
 import pytest
+import sys
 import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
 sys.path[:0] = [str(ROOT), str(TINY)]
+# Kernels split their sums among the threads: with one, nothing depends on how many the machine has.
+torch.set_num_threads(1)
+
+
+def write_rows(rows, path):
+    """Write a parquet file of some rows (a list of dicts); returns its path as a str."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")
 def rows():
     """64 raw pairs of the tiny world, as a list of dicts."""
-    from datasets import load_dataset
+    import pyarrow.parquet as pq
 
-    return (
-        load_dataset("parquet", data_files=str(TINY / "pairs" / "train.parquet"), split="train")
-        .select(range(64))
-        .to_list()
-    )
+    return pq.read_table(TINY / "pairs" / "train.parquet").slice(0, 64).to_pylist()
 
 
 @pytest.fixture
 def make_set(tmp_path):
     """make_set(rows) writes a parquet file of these rows and returns its path."""
-    from datasets import Dataset
+    return lambda rows, name="set.parquet": write_rows(rows, tmp_path / name)
 
-    def write(rows, name="set.parquet"):
-        Dataset.from_list(rows).to_parquet(tmp_path / name)
-        return str(tmp_path / name)
 
-    return write
+@pytest.fixture
+def elsewhere(tmp_path_factory, monkeypatch):
+    """An empty working folder: a test should not depend on what lies in the one it is started in."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture

@@ -1,543 +1,634 @@
-"""Which of the methods' claims hold where the true preference is known: every arm of the tiny world, trained,
-judged and written into the README.
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the methods' claims hold in the tiny world, where the true preference is known.
 
-    python tests/tiny/evidence.py                     # everything that is missing, two jobs at a time
-    python tests/tiny/evidence.py --arms dpo smpo     # these arms alone
-    python tests/tiny/evidence.py --quick             # the core arms, one short seed; nothing is kept
-    python tests/tiny/evidence.py --tables            # README, searches.md and chart, of what is there
+    python tests/tiny/evidence.py                     # everything missing, two jobs at a time
+    python tests/tiny/evidence.py --configs dpo smpo  # these configurations only
+    python tests/tiny/evidence.py --quick             # four short runs; nothing is kept
+    python tests/tiny/evidence.py --tables            # tables and picture of what is there
 
-The protocol is the same for every arm: 100 steps of 32 rows, averaged weights, and a search over four
-settings of learning rate and beta (or margin) with seed 100 on the search captions (64 x 4 images; all of
-them stand in searches.md); the one that wins most often against the start model under the exact judge (in
-the arms "best mean" the one with the best mean score) is trained with the seeds 0, 1, ... and judged on the
-test captions (128 x 2). Image j of caption i starts from the same noise for every model of a seed. An arm's
-results are one file of tests/tiny/evidence/; a job that is in it is not done again, so this can be stopped
-at any time.
+The protocol is the same for every configuration:
+
+1. Search: four settings, two seeds, the search captions. The setting with the best mean
+   ground-truth score is the chosen one. The test captions play no part in this.
+2. Test: the chosen setting is trained with five other seeds and scored on the test captions.
+3. Curve, for six configurations: the same with 1/4, 1/2 and 2 times the chosen learning rate.
+
+Every run takes 100 steps of 32 rows and ends with the EMA weights. Image j of caption i starts from
+the same noise for every model of a seed, so two models are compared image by image.
+
+All results of a configuration are one file, evidence/NAME.json, with one line for each job. A job
+that is in its file is not done again: the command can be stopped at any time and started again.
 """
 
 import argparse
+from dataclasses import dataclass, field
 import importlib
+from itertools import product
 import json
-import os
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-
+import math
+import multiprocessing
+import multiprocessing.connection
 import numpy as np
-from safetensors import safe_open
+import os
+from pathlib import Path
+import shutil
+import sys
+import tempfile
+import time
+import torch
 from tqdm import tqdm
+from typing import NamedTuple
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE), str(HERE.parent)]
+
+import common  # noqa: E402
+import eval as evaluation  # noqa: E402
+import evidence_picture  # noqa: E402
+import explain  # noqa: E402
+import released  # noqa: E402
+
 RESULTS = HERE / "evidence"
-SEARCH_SEED = 100
-SPLITS = {"search": 4, "test": 2}  # prompts/NAME.txt, and images a prompt
-JUDGES = ("gold_score", "pickscore")  # the exact one, and the learned reward
+README = HERE / "README.md"
+TINY = common.tiny_preset("evidence")
+STEPS = 100
+BATCH = 32
+SEARCH_SEEDS = (100, 101)
+TEST_SEEDS = (0, 1, 2, 3, 4)
+CURVE_FACTORS = (0.25, 0.5, 2)  # of the chosen learning rate
 
 
-def grid(*settings, **names):
-    """grid((1e-5, 500), ..., lr=0, beta=1): settings as flags."""
-    return [{name: row[i] for name, i in names.items()} for row in settings]
+# ----------------------------------------------------------------------------- the configurations
+def grid(**values):
+    """All combinations: grid(lr=(1, 2), beta=(3,)) -> [{lr: 1, beta: 3}, {lr: 2, beta: 3}]."""
+    return [dict(zip(values, row)) for row in product(*values.values())]
 
 
-LR = grid((1e-5,), (3e-5,), (1e-4,), (3e-4,), lr=0)
-DPO = grid((1e-5, 500), (3e-5, 500), (3e-5, 2000), (1e-4, 1000), lr=0, beta=1)
-LONG = DPO[1:2]  # the preset's
-SMPO = grid((1e-5, 300), (1e-5, 1000), (2e-5, 300), (2e-5, 1000), lr=0, beta=1)
-SMPO_T = grid((1e-5, 5000), (2e-5, 2000), (2e-5, 5000), (2e-5, 15000), lr=0, beta=1)
-DRO = grid((3e-5, 0.01), (1e-4, 0.003), (1e-4, 0.01), (3e-4, 0.01), lr=0, margin=1)
-OLD_SAMPLES = grid((1e-5, 0.01), (3e-5, 0.003), (3e-5, 0.01), (1e-4, 0.01), lr=0, margin=1)
+# All methods that learn from pairs search the same four settings. LoRA's second matrices start at 0
+# and need larger steps; SFT has no beta; DRO with M > 1 is ruined by the steps that suit M = 1.
+PAIRS = grid(lr=(2e-5, 5e-5), beta=(300, 1000))
+LORA = grid(lr=(5e-4, 1e-3), beta=(300, 1000))
+SFT = grid(lr=(5e-5, 1e-4, 2e-4, 4e-4))
+DRO_1 = grid(lr=(1e-4, 2e-4), margin=(0.003, 0.01))
+DRO_8 = grid(lr=(2e-5, 5e-5), margin=(0.001, 0.003))
+
+# {work} is the folder of what `prepare` makes.
+SCORES = {"scores": "{work}/scores.safetensors"}
+EXPERTS = {"data": "{work}/experts.parquet"}
 
 
-@dataclass
-class Arm:
-    """title: what the table calls it; script; flags beside the setting's; seeds; library: of the released
-    loop in place of ours; of: the arm whose best setting it takes, without a search of its own, by: the
-    search's "win" rate or its "mean" score."""
+def inverted(mode, steps):
+    return {**SCORES, "inversion": mode, "inversion_steps": steps}
 
+
+@dataclass(frozen=True)
+class Configuration:
     title: str
     script: str
     settings: list
-    flags: dict = field(default_factory=dict)
-    seeds: int = 5
-    library: str = ""
-    of: str = ""
-    by: str = "win"
+    options: dict = field(default_factory=dict)  # the script's other options
 
 
-SCORED = {"scores": "{work}/scores.safetensors"}
-N0, N2, N5, N10 = ({**SCORED, "inversion_steps": n} for n in (0, 2, 5, 10))
-# p = 1 for the image that the label prefers: the label instead of the reward
-LABELS = {"scores": "{work}/labels.safetensors", "reward_min": 0, "reward_max": 1, "gamma": 1}
-# two inversions that were the tiny preset's before: see searches.md
-ASK_END = {"ask": "end", "inversion_steps": 2, "min_t": 50}
-LANDING_T = {**SCORED, "ask": "end", "landing": "t", "inversion_steps": 7, "min_t": 300}
-EXPERTS = {"data": "{work}/experts.parquet"}
-ARMS = {
-    "sft": Arm("SFT on the winners", "dpo_baseline", LR, {"sft": 1}),
-    "sft_experts": Arm("SFT on the experts", "dpo_baseline", LR, {"sft": 1, **EXPERTS}),
-    "sft_experts_lr": Arm("SFT on the experts, lr as DRO's", "dpo_baseline", grid((3e-5,), lr=0),
-                          {"sft": 1, **EXPERTS}),
-    "dpo": Arm("DPO", "dpo_baseline", DPO),
-    "dpo_reward": Arm("DPO, labels by the reward", "dpo_baseline", DPO, SCORED),
-    "smoothing": Arm("smoothing alone (drawn noise)", "smpo", DPO, N0),
-    "smpo": Arm("SmPO", "smpo", SMPO, N5),
-    "n2": Arm("SmPO, n = 2", "smpo", SMPO, N2),
-    "smpo_end": Arm("SmPO, --ask end, n = 2", "smpo", SMPO, {**SCORED, **ASK_END}),
-    "inversion": Arm("inversion alone, --ask end, n = 2", "smpo", SMPO, {**LABELS, **ASK_END}),
-    "smpo_t": Arm("SmPO, --landing t, n = 7, t >= 300", "smpo", SMPO_T, LANDING_T),
-    "smpo_020": Arm("SmPO, released loop (diffusers 0.20)", "smpo", SMPO, N5, library="0.20"),
-    "smpo_022": Arm("SmPO, released loop (diffusers 0.22)", "smpo", SMPO, N5, library="0.22"),
-    "dro": Arm("DRO, M = 1 (its gate alone)", "dro", DRO, EXPERTS),
-    "dro_m2": Arm("DRO, M = 2", "dro", [], {**EXPERTS, "refresh_every": 2}, 3, of="dro_m8"),
-    "dro_m8": Arm("DRO, M = 8", "dro", OLD_SAMPLES, {**EXPERTS, "refresh_every": 8}),
-    "n10": Arm("SmPO, n = 10", "smpo", [], N10, 3, of="smpo"),
-    "no_renoise": Arm("SmPO, no ReNoise", "smpo", [], {**N5, "renoise": 0}, 3, of="smpo"),
-    "no_renoise_end": Arm("SmPO, --ask end, n = 2, no ReNoise", "smpo", [],
-                          {**SCORED, **ASK_END, "renoise": 0}, 3, of="smpo_end"),
-    "no_renoise_t": Arm("SmPO, --landing t, no ReNoise", "smpo", [],
-                        {**LANDING_T, "renoise": 0}, 3, of="smpo_t"),
-    "gamma3": Arm("SmPO, gamma 3", "smpo", [], {**N5, "gamma": 3}, 3, of="smpo"),
-    "gamma30": Arm("SmPO, gamma 30", "smpo", [], {**N5, "gamma": 30}, 3, of="smpo"),
-    "dpo_long": Arm("DPO, lr 3e-5 (its preset)", "dpo_baseline", LONG),
-    "dpo_reward_long": Arm("DPO, labels by the reward, lr 3e-5", "dpo_baseline", LONG, SCORED),
-    "dpo_60": Arm("DPO, 60 % of the labels right", "dpo_baseline", [],
-                  {"data": "{work}/labels-60.parquet"}, 3, of="dpo"),
-    "dpo_90": Arm("DPO, 90 % of the labels right", "dpo_baseline", [],
-                  {"data": "{work}/labels-90.parquet"}, 3, of="dpo"),
-    "smpo_60": Arm("SmPO, --ask end, reward of 60 %", "smpo", [],
-                   {**ASK_END, "scores": "{work}/noise-60/scores.safetensors"}, 3, of="smpo_end"),
-    "smpo_90": Arm("SmPO, --ask end, reward of 90 %", "smpo", [],
-                   {**ASK_END, "scores": "{work}/noise-90/scores.safetensors"}, 3, of="smpo_end"),
-    "dpo_reward_60": Arm("DPO, labels by the reward of 60 %", "dpo_baseline", [],
-                         {"scores": "{work}/noise-60/scores.safetensors"}, 3, of="dpo_reward"),
-    "dpo_reward_90": Arm("DPO, labels by the reward of 90 %", "dpo_baseline", [],
-                         {"scores": "{work}/noise-90/scores.safetensors"}, 3, of="dpo_reward"),
-}  # fmt: skip
-# the best mean scores of these arms' searches, with so many seeds
-for name, seeds in {"dpo": 5, "smoothing": 5, "smpo": 5, "n2": 5, "sft_experts": 3, "dro": 3}.items():
-    title = ARMS[name].title.partition(" (")[0] + ", best mean"
-    ARMS[f"{name}_mean"] = replace(ARMS[name], title=title, settings=[], seeds=seeds, of=name, by="mean")
+CONFIGURATIONS = {
+    "sft": Configuration("SFT on the winners", "dpo_baseline", SFT, {"sft": 1}),
+    "sft_experts": Configuration("SFT on the experts", "dpo_baseline", SFT, {**EXPERTS, "sft": 1}),
+    "dpo": Configuration("DPO", "dpo_baseline", PAIRS),
+    "dpo_reward": Configuration("DPO, reward's labels", "dpo_baseline", PAIRS, SCORES),
+    "smoothing": Configuration("smoothing alone", "smpo", PAIRS, inverted("none", 5)),
+    "smpo": Configuration("SmPO, release, n = 5", "smpo", PAIRS, inverted("release", 5)),
+    "smpo_above": Configuration("SmPO, above, n = 2", "smpo", PAIRS, inverted("above", 2)),
+    "smpo_paper": Configuration("SmPO, paper, n = 9", "smpo", PAIRS, inverted("paper", 9)),
+    # The exact loop of the release takes the place of common.renoise_invert.
+    "released_loop": Configuration("SmPO, released loop", "smpo", PAIRS, inverted("release", 5)),
+    "dro": Configuration("DRO, M = 1", "dro", DRO_1, EXPERTS),
+    "dro_m8": Configuration("DRO, M = 8", "dro", DRO_8, {**EXPERTS, "refresh_every": 8}),
+    "dpo_lora": Configuration("LoRA-DPO", "dpo_baseline", LORA, {"lora": 8}),
+}
+# Those with a curve, in colours that the colour-blind can tell apart (Okabe and Ito's).
+CURVES = {
+    "sft": "#8a6d00",
+    "dpo": "#0072b2",
+    "dpo_reward": "#009e73",
+    "smpo": "#d55e00",
+    "dro": "#c0569a",
+    "dro_m8": "#4b3f9e",
+}
 QUICK = ("sft_experts", "dpo", "smpo", "dro")
-CLAIMS = {  # (arm, against, what would be claimed of it)
-    "SmPO": [
-        ("smpo", "dpo", "SmPO above DPO"), ("n2", "dpo", "SmPO, n = 2, above DPO"),
-        ("smpo_020", "dpo", "the released loop above DPO"),
-        ("smpo_t", "dpo", "SmPO, end, landing t, above DPO"),
-        ("dpo_long", "dpo", "DPO, lr 3e-5, above DPO"),
-        ("smpo_mean", "dpo_mean", "SmPO above DPO, best means"),
-        ("n2_mean", "dpo_mean", "SmPO, n = 2, above DPO, best means"),
-        ("smpo_mean", "dpo_long", "SmPO, best mean, above DPO, lr 3e-5"),
-        ("n2_mean", "dpo_long", "the same, n = 2"),
-    ],
-    "its two parts": [
-        ("dpo_reward", "dpo", "the reward's labels beat people's"),
-        ("dpo_reward_long", "dpo_long", "the same, lr 3e-5"),
-        ("smoothing", "dpo_reward", "smoothing adds to these hard labels"),
-        ("smoothing_mean", "dpo_reward_long", "the same, lr 3e-5"),
-        ("smpo", "smoothing", "inversion adds to smoothing"),
-        ("smpo_mean", "smoothing_mean", "the same, best means"),
-        ("n2", "smoothing", "inversion, n = 2, adds to smoothing"),
-        ("n2_mean", "smoothing_mean", "the same, best means"),
-        ("smpo", "dpo_reward", "SmPO above DPO, reward's labels"),
-        ("smpo_mean", "dpo_reward_long", "the same, best mean, lr 3e-5"),
-        ("n2", "dpo_reward", "n = 2 above DPO, reward's labels"),
-        ("n2_mean", "dpo_reward_long", "the same, best mean, lr 3e-5"),
-        ("inversion", "dpo", "inversion adds to DPO"),
-        ("smpo_end", "inversion", "smooth labels add to inversion"),
-    ],
-    "the inversion, and gamma": [
-        ("n2", "smpo", "n = 2 above n = 5"), ("n2_mean", "smpo_mean", "the same, best means"),
-        ("smpo", "n10", "n = 5 above n = 10"),
-        ("smpo", "smpo_end", "--ask start, n = 5, above end, n = 2"),
-        ("smpo", "smpo_t", "start, grid, above end, landing t"),
-        ("smpo", "smpo_020", "ours above the released loop"),
-        ("smpo_020", "smpo_022", "released loop: 0.20 above 0.22"),
-        ("smpo", "no_renoise", "ReNoise adds to DDIM inversion"),
-        ("smpo_end", "no_renoise_end", "the same, --ask end"),
-        ("smpo_t", "no_renoise_t", "the same, --landing t"),
-        ("gamma3", "smpo", "gamma 3 above 10"), ("gamma30", "smpo", "gamma 30 above 10"),
-    ],
-    "noisy labels": [
-        ("dpo_reward_60", "dpo_60", "60 % right: reward's labels above"),
-        ("dpo_reward_90", "dpo_90", "90 % right: reward's labels above"),
-        ("smpo_60", "dpo_60", "60 % right: SmPO, end, above DPO"),
-        ("smpo_60", "dpo_reward_60", "the same, DPO with that reward's labels"),
-        ("smpo_90", "dpo_90", "90 % right: SmPO, end, above DPO"),
-        ("smpo_90", "dpo_reward_90", "the same, DPO with that reward's labels"),
-    ],
-    "DRO": [
-        ("dro", "sft_experts", "DRO above SFT on its experts"),
-        ("dro", "sft_experts_lr", "the same, at one lr"),
-        ("dro_mean", "sft_experts_mean", "the same, best means"),
-        ("dro_m2", "dro", "real negatives (M = 2) add to M = 1"),
-        ("dro_m8", "dro", "real negatives (M = 8) add to M = 1"),
-        ("dro", "dpo", "DRO above DPO"), ("dro", "dpo_long", "the same, both lr 3e-5"),
-        ("sft_experts_lr", "dpo", "SFT on the experts above DPO"),
-        ("sft_experts_lr", "dpo_long", "the same, both lr 3e-5"),
-        ("dro_mean", "dpo_long", "DRO, best mean, above DPO, lr 3e-5"),
-    ],
-}  # fmt: skip
+
+# The comparisons that decide the papers' claims: the first is claimed to be better than the second.
+COMPARISONS = [
+    ("smpo", "dpo", "SmPO is better than DPO"),
+    ("smpo", "dpo_reward", "SmPO is better than DPO with the reward's labels"),
+    ("smpo", "smoothing", "inversion adds to smoothing"),
+    ("smoothing", "dpo_reward", "smoothing adds to the reward's labels"),
+    ("smpo_paper", "smpo", "the paper's inversion is better than the release's"),
+    ("dro", "sft_experts", "DRO is better than SFT on its experts"),
+    ("dro_m8", "dro", "older samples (M = 8) are better than M = 1"),
+    ("dro", "dpo", "DRO is better than DPO"),
+]
 
 
-# ------------------------------------------------------------------------------------------------ one job
-def prepare(work, names):
-    """What several arms read: scores, labels as scores, experts, sets with other label noise, caches."""
-    import torch
-    import world
-    from datasets import Dataset
+class Job(NamedTuple):
+    name: str  # of CONFIGURATIONS, or "initial" (the initial model), or "explain"
+    setting: dict
+    seed: int
+    split: str  # "search" or "test": prompts/SPLIT.txt
 
-    import common
-    import dpo_baseline
-    import dro
-
-    data = common.tiny("")["data"]
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / "scores.safetensors").exists():
-        score_shipped_pairs(common.TINY / "reward", work / "scores.safetensors", "tiny reward")
-    scores = common.load_scores(work / "scores.safetensors")
-    if not (work / "experts.parquet").exists():
-        cfg = common.parse(dro.Config, dro.PRESETS, [])
-        dro.choose_experts(cfg, common.Place(), scores, work / "experts.parquet")
-    rows = list(common.open_rows(data, common.PAIR, streaming=True))
-    if not (work / "labels.safetensors").exists():
-        label = torch.tensor([float(row["label_0"]) for row in rows])
-        hard = scores | {"score_0": 100 * label, "score_1": 100 * (1 - label)}
-        with safe_open(work / "scores.safetensors", "pt") as file:
-            common.write(work / "labels.safetensors", hard, file.metadata() | {"scorer": "labels"})
-    for percent in (60, 90):
-        file = work / f"labels-{percent}.parquet"
-        if not file.exists():  # the judge's own verdict, wrong so often
-            captions = [row["caption"] for row in rows]
-            gold = [world.gold_score([common.decode_image(row[name]) for row in rows], captions)
-                    for name in common.PAIR]  # fmt: skip
-            wrong = np.random.default_rng(percent).random(len(rows)) >= percent / 100
-            first = (np.asarray(gold[0]) > np.asarray(gold[1])) != wrong
-            Dataset.from_list([row | {"label_0": float(f)} for row, f in zip(rows, first)]).to_parquet(file)
-        if not names.isdisjoint((f"smpo_{percent}", f"dpo_reward_{percent}")):
-            noisy_scores(work / f"noise-{percent}", percent / 100)
-    for data in (data, *sorted(work.glob("*.parquet"))):  # encoded here, before two jobs ask for it
-        flags = ["--data", str(data), "--cache", str(work / "cache")]
-        cfg = common.parse(dpo_baseline.Config, dpo_baseline.PRESETS, flags)
-        models = common.Models(cfg, torch.device("cpu"))
-        common.open_source(cfg, models, common.Place(), common.PAIR, common.SINGLE)
+    @property
+    def label(self):
+        setting = [f"{name}{value:g}" for name, value in self.setting.items()]
+        return "-".join([self.name, *setting, self.split, str(self.seed)])
 
 
-def score_shipped_pairs(reward, file, name):
-    """Both scores of every training pair by the reward model in a folder, as --scores reads them."""
-    import common
+# ----------------------------------------------------------------------------- what is to be done
+def load(folder, name):
+    """The results of a configuration: a list of what `run_job` writes."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else []
 
-    score = common.load_reward(reward)
-    common.score_pairs(common.tiny("")["data"], score, file, name, "exp(logit_scale) * cosine")
 
-
-def noisy_scores(folder, agreement):
-    """The pairs' scores by a reward model that was trained, as make.py does it, on labels which agree with
-    the judge so often; on the shipped images, 10 a caption. About half an hour."""
-    import make
-    import torch
-    from datasets import load_dataset
-
-    if (folder / "scores.safetensors").exists():
-        return
-    pairs = {name: str(HERE / "pairs" / f"{name}.parquet") for name in ("train", "test")}
-    sets = load_dataset("parquet", data_files=pairs, cache_dir=str(folder / "hf"))
+def keep(folder, name, result):
+    """Add a result to the configuration's file."""
+    results = [*load(folder, name), result]
+    results.sort(key=lambda r: (r["split"], json.dumps(r["setting"]), r["seed"]))
+    lines = ",\n".join(json.dumps(result) for result in results)
     folder.mkdir(parents=True, exist_ok=True)
-    images, _, truths = make.drawings(folder)
-    torch.manual_seed(1)
-    right, _ = make.make_reward(folder, folder, images, truths, [sets["train"]], sets["test"], agreement)
-    print(f"reward of labels that agree with the judge in {agreement:.0%}: agrees with people in {right:.1%}")
-    score_shipped_pairs(folder / "reward", folder / "scores.safetensors", "noisy reward")
+    with common.atomic(folder / f"{name}.json") as file:
+        file.write_text(f"[\n{lines}\n]\n")
 
 
-def job(name, setting, seed, split, steps, work):
-    """Train an arm and judge it, in a process of its own. Returns a plain dict."""
-    import torch
-
-    torch.set_num_threads(1)
-    import released
-
-    import common
-    import eval as evaluation
-
-    arm, started = ARMS[name], time.process_time()
-    out = work / "runs" / f"{name}-{seed}-{steps}" / "-".join(f"{k}{v:g}" for k, v in setting.items())
-    if arm.library:
-
-        def invert(eps_fn, x0, t, alpha_bar, *_):
-            return released.released_invert(eps_fn, x0, t.cpu(), alpha_bar, arm.library)
-
-        common.renoise_invert = invert
-    flags = {"steps": steps, "batch": 32, "ema": 0.9999, "cache": work / "cache", "seed": seed, "out": out,
-             "eval_prompts": 0, **arm.flags, **setting}  # fmt: skip
-    more = ["--resume"] if (out / "config.json").exists() else []
-    flags = [word.format(work=work) for k, v in flags.items() for word in (f"--{k}", str(v))]
-    importlib.import_module(arm.script).main(flags + more)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    tiny, prompts = common.tiny(""), (HERE / "prompts" / f"{split}.txt").read_text().split("\n")
-    report = evaluation.report(
-        tiny["model"], {"start": None, name: out / "unet"}, [p for p in prompts if p], out / "report",
-        images_per_prompt=SPLITS[split], seed=seed, steps=tiny["eval_steps"], cfg=tiny["cfg"],
-        cache=work / "cache", judges=[tiny["judge"]], scorers={"pickscore": {"model": str(HERE / "reward")}},
-    )  # fmt: skip
-    return {
-        "setting": setting, "seed": seed, "split": split, "commit": common.versions()["commit"],
-        "unet_calls": round(sum(line["unet_calls"] * 32 for line in log)),
-        "cpu_seconds": None if more else round(time.process_time() - started),  # not known of a resumed job
-        "win": {judge: report["win_rates"][judge][name]["start"]["win"] for judge in JUDGES},
-        "mean": {judge: report["summary"][judge][name]["mean"] for judge in JUDGES},
-        "scores": {judge: {m: [[float(f"{v:.5g}") for v in row] for row in report["scores"][judge][m]]
-                           for m in ("start", name)} for judge in JUDGES} if split == "test" else None,
-    }  # fmt: skip
+def results_of(folder, name, setting, split="test"):
+    """{seed: result} of a setting."""
+    found = [r for r in load(folder, name) if (r["setting"], r["split"]) == (setting, split)]
+    return {result["seed"]: result for result in found}
 
 
-# ------------------------------------------------------------------------------------------------- all jobs
-def load(name):
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else {"search": [], "test": []}
+def search_means(folder, name):
+    """[(setting, mean ground-truth score over the search seeds)] of the settings with all seeds."""
+    found = []
+    for setting in CONFIGURATIONS[name].settings:
+        results = results_of(folder, name, setting, "search")
+        if set(results) == set(SEARCH_SEEDS):
+            means = [caption_means(result).mean() for result in results.values()]
+            found.append((setting, np.mean(means)))
+    return found
 
 
-def best(name, by="win"):
-    """The setting that the search chose, once it is whole."""
-    arm = ARMS[name]
-    if arm.of:
-        return best(arm.of, arm.by)
-    if len(arm.settings) == 1:
-        return arm.settings[0]
-    found = load(name)["search"]
-    if len(found) < len(arm.settings):
+def chosen_setting(folder, name):
+    """The setting with the best mean score of the search; None while the search is not complete."""
+    found = search_means(folder, name)
+    if len(found) < len(CONFIGURATIONS[name].settings):
         return None
-    return max(found, key=lambda r: r[by]["gold_score"])["setting"]
+    return max(found, key=lambda item: item[1])[0]
 
 
-def count_missing(name):
-    """All jobs of an arm that are not done, also those that wait for the search."""
-    arm, todo = ARMS[name], missing(name)
-    return len(todo) + arm.seeds * (best(name) is None)
+def main_jobs(folder, name):
+    """The search and, once it is complete, the tests of the chosen setting."""
+    searches = product(CONFIGURATIONS[name].settings, SEARCH_SEEDS)
+    jobs = [Job(name, setting, seed, "search") for setting, seed in searches]
+    setting = chosen_setting(folder, name)
+    return jobs + [Job(name, setting, seed, "test") for seed in TEST_SEEDS if setting]
 
 
-def missing(name):
-    """The jobs of an arm that can be done now, as (setting, seed, split)."""
-    arm, done = ARMS[name], load(name)
-    tried = [r["setting"] for r in done["search"]]
-    todo = [(s, SEARCH_SEED, "search") for s in arm.settings if s not in tried and len(arm.settings) > 1]
-    if not todo and (setting := best(name)) is not None:
-        seeds = {r["seed"] for r in done["test"] if r["setting"] == setting}
-        todo = [(setting, seed, "test") for seed in range(arm.seeds) if seed not in seeds]
-    return todo
+def curve_settings(folder, name):
+    """The chosen setting at the curve's other learning rates; [] where there is no curve."""
+    setting = chosen_setting(folder, name)
+    if setting is None or name not in CURVES:
+        return []
+    return [{**setting, "lr": float(f"{setting['lr'] * f:.3g}")} for f in CURVE_FACTORS]
 
 
-def run(names, work, jobs, steps):
-    """Every missing job of these arms, `jobs` at a time; each is written down as it ends."""
-    prepare(work, set(names))
-    running, failed = {}, set()
-    whole = sum(len(ARMS[n].settings) * (len(ARMS[n].settings) > 1) + ARMS[n].seeds for n in names)
-    with tqdm(total=whole, desc="evidence", unit="job", smoothing=0) as bar:
-        while True:
-            bar.update(whole - bar.n - sum(count_missing(n) for n in names))
-            for key in [key for key, process in running.items() if process.poll() is not None]:
-                if running.pop(key).returncode:
-                    failed.add(key)
-                    bar.write(f"failed: {key}, see {key_file(work, key).with_suffix('.log')}")
-                else:
-                    keep(key, json.loads(key_file(work, key).read_text()))
-            todo = [json.dumps([n, *j]) for n in names for j in missing(n)]
-            todo = [key for key in todo if key not in running and key not in failed]
-            if not todo and not running:
-                return
-            for key in todo[: jobs - len(running)]:
-                with open(key_file(work, key).with_suffix(".log"), "w") as log:
-                    words = [sys.executable, __file__, "--job", key, "--work", work, "--steps", steps]
-                    one = os.environ | {"OMP_NUM_THREADS": "1"}
-                    running[key] = subprocess.Popen(map(str, words), stdout=log, stderr=log, env=one)
-            time.sleep(1)
+def curve_jobs(folder, name):
+    settings = product(curve_settings(folder, name), TEST_SEEDS)
+    return [Job(name, setting, seed, "test") for setting, seed in settings]
 
 
-def keep(key, result):
-    """Into the arm's file, whole or not at all."""
-    name, _, _, split = json.loads(key)
-    found, file = load(name), RESULTS / f"{name}.json"
-    found[split] = sorted([*found[split], result], key=lambda r: r["seed"])
-    RESULTS.mkdir(exist_ok=True)
-    file.with_suffix(".new").write_text(json.dumps(found | {"title": ARMS[name].title}) + "\n")
-    file.with_suffix(".new").replace(file)
+def all_jobs(folder, names):
+    """Every job that can be done now, done or not, the most important first: what COMPARISONS need,
+    then the curves of these, then the other configurations."""
+    compared = dict.fromkeys(name for *both, _ in COMPARISONS for name in both)
+    compared = [name for name in compared if name in names]
+    others = [name for name in names if name not in compared]
+    jobs = [Job("initial", {}, seed, "test") for seed in TEST_SEEDS]
+    jobs += [Job("explain", {}, 0, "test")]
+    jobs += [job for name in compared for job in main_jobs(folder, name)]
+    jobs += [job for name in compared for job in curve_jobs(folder, name)]
+    return jobs + [job for n in others for job in main_jobs(folder, n) + curve_jobs(folder, n)]
 
 
-def key_file(work, key):
-    folder = work / "jobs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / ("".join(c if c.isalnum() or c in ".-_" else "_" for c in key) + ".json")
+def is_done(folder, job):
+    return job.seed in results_of(folder, job.name, job.setting, job.split)
 
 
-# ----------------------------------------------------------------------------------------------------- tables
-def tables_of(name, judge, against="start"):
-    """Scores of an arm and of what it is held against, (seeds, prompts, images) each, for the seeds that
-    both have."""
-    ours = {r["seed"]: r for r in load(name)["test"]}
-    theirs = ours if against == "start" else {r["seed"]: r for r in load(against)["test"]}
-    seeds = sorted(ours.keys() & theirs.keys())
-    pick = [[r[s]["scores"][judge][m] for s in seeds] for r, m in ((ours, name), (theirs, against))]
-    return [np.array(table) for table in pick], seeds
+# ---------------------------------------------------------------------------------------- one job
+def prepare(work):
+    """Make what several jobs read: the reward's scores of all pairs, and the 64 experts."""
+    scores = work / "scores.safetensors"
+    if not scores.exists():
+        command = ["--data", TINY["data"], "--scorers", f"pickscore={HERE / 'reward'}"]
+        evaluation.main([*command, "--scores_out", str(scores), "--cache", str(work / "cache")])
+    if not (work / "experts.parquet").exists():
+        # DRO chooses the experts before its first step, and leaves them in its folder.
+        train("dro", work / "choose", work, {"data": TINY["data"], "steps": 1, **SCORES})
+        (work / "choose" / "experts.parquet").replace(work / "experts.parquet")
+        shutil.rmtree(work / "choose")
 
 
-def interval(values, draws=2000):
-    """95 % of the means of a (seeds, prompts) table: bootstrap over seeds, and prompts in each."""
-    random, seeds, prompts = np.random.default_rng(0), *values.shape
-    drawn = [np.mean([values[s][random.integers(prompts, size=prompts)].mean()
-                      for s in random.integers(seeds, size=seeds)]) for _ in range(draws)]  # fmt: skip
-    return np.quantile(drawn, [0.025, 0.975])
+def train(script, out, work, options):
+    """Run a training script; returns its number of UNet sample-forwards."""
+    shared = {"batch": BATCH, "micro_batch": BATCH, "ema": 0.9999, "eval_prompts": 0}
+    shared["save_every"] = STEPS  # one checkpoint, at the end
+    options = {**shared, "out": out, "cache": work / "cache", **options}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    shutil.rmtree(out, ignore_errors=True)  # a job that was stopped begins anew
+    importlib.import_module(script).main([word.format(work=work) for word in words])
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return round(sum(json.loads(line)["unet_calls"] * BATCH for line in lines))
 
 
-def over_seeds(a, b):
-    """Win rate of a over b, (seeds, prompts, images) each, with its interval."""
-    points = ((a > b) + 0.5 * (a == b)).mean(2)
-    low, high = interval(points)
-    return {"win": points.mean(), "low": low, "high": high, "tie": (a == b).mean()}
+def run_job(job, work, steps):
+    """Do a job, in a process of its own, and write its result to work/jobs/LABEL.json.
+
+    The result holds the job's setting, seed and split; scores {scorer: (prompts, images) list};
+    deviation, see `deviation_of`; unet_calls of the training; cpu_seconds; commit.
+    """
+    log = os.open(work / "jobs" / f"{job.label}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    result = {"setting": job.setting, "seed": job.seed, "split": job.split}
+    out = work / "jobs" / job.label
+    if job.name == "explain":
+        result["measured"] = explain.explain(work / "scores.safetensors")
+    elif job.name == "initial":
+        result["scores"] = score_model(None, job, work)
+    else:
+        if job.name == "released_loop":
+            use_released_loop()
+        configuration = CONFIGURATIONS[job.name]
+        options = {**configuration.options, **job.setting, "steps": steps, "seed": job.seed}
+        result["unet_calls"] = train(configuration.script, out, work, options)
+        result["scores"] = score_model(str(out / "unet"), job, work)
+        result["deviation"] = explain.deviation_of(str(out / "unet"))
+        shutil.rmtree(out)
+    result["cpu_seconds"] = round(time.process_time())
+    result["commit"] = common.versions()["commit"]
+    Path(f"{out}.json").write_text(json.dumps(result))
+
+
+def use_released_loop():
+    """From now on this process inverts as the authors' release does under diffusers 0.20."""
+
+    def invert(eps_fn, x0, t, alpha_bar, steps, mode, renoise=1):
+        return released.released_invert(eps_fn, x0, t.cpu(), alpha_bar, "0.20", steps)
+
+    common.renoise_invert = invert
+
+
+def score_model(unet, job, work):
+    """Scores of a UNet's images (None: the initial model): {scorer: (prompts, images) list}."""
+    prompts = common.read_prompts(str(HERE / "prompts" / f"{job.split}.txt"))
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        command = ["--seed", str(job.seed), "--out", out, "--cache", out]
+        cfg = common.parse(evaluation.Config, evaluation.PRESETS, command)
+        wanted = evaluation.wanted_scorers(cfg.scorers, cfg.scorer_paths)
+        report = evaluation.compare_unets(cfg, {"model": unet}, prompts, wanted)
+    scores = {name: table["model"] for name, table in report["scores"].items()}
+    scores["ground_truth"] = scores.pop("gold_score")
+    return {name: np.round(table, 4).tolist() for name, table in scores.items()}
+
+
+# -------------------------------------------------------------------------------------- statistics
+def caption_means(result):
+    """Mean ground-truth score of each caption, (prompts,)."""
+    return np.mean(result["scores"]["ground_truth"], axis=1)
+
+
+def chosen_results(folder, name):
+    return results_of(folder, name, chosen_setting(folder, name))
+
+
+def interval(table, level):
+    """Mean of a (seeds, captions) table with its confidence interval: (mean, low, high).
+
+    Seeds and captions are both samples, and all seeds meet the same captions. The variance of the
+    mean is that of the two-way random-effects model, made of the mean squares of seeds, captions
+    and the rest; the interval is Student's t with Satterthwaite's degrees of freedom. A bootstrap
+    of five seeds would be too narrow.
+    """
+    seeds, captions = table.shape
+    mean = table.mean()
+    by_seed = table.mean(1) - mean
+    by_caption = table.mean(0) - mean
+    rest = table - mean - by_seed[:, None] - by_caption
+    freedom = np.array([seeds - 1, captions - 1, (seeds - 1) * (captions - 1)])
+    sums = [captions * (by_seed**2).sum(), seeds * (by_caption**2).sum(), (rest**2).sum()]
+    of_seeds, of_captions, of_rest = squares = sums / freedom
+    # The sum may be too small by chance. It cannot be less than either of its first two terms.
+    variance = max(of_seeds + of_captions - of_rest, of_seeds, of_captions)
+    if variance == 0:
+        return mean, mean, mean
+    t = t_quantile(0.5 + level / 2, variance**2 / (squares**2 / freedom).sum())
+    half = t * math.sqrt(variance / table.size)
+    return mean, mean - half, mean + half
+
+
+def t_quantile(p, df):
+    """The p-quantile (p >= 1/2) of Student's t distribution, by integrating its density."""
+    x = np.linspace(0, 200, 100_001)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
+    steps = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+    return float(np.interp(p, 0.5 + np.cumsum(steps), x[1:]))
+
+
+def verdict(low, high):
+    if low > 0:
+        return "significantly better"
+    return "significantly worse" if high < 0 else "no significant difference"
+
+
+def difference(folder, first, second):
+    """Paired difference of two configurations' chosen settings: (seeds, captions), or None."""
+    results = chosen_results(folder, first)
+    others = chosen_results(folder, second)
+    tables = [caption_means(results[s]) - caption_means(others[s]) for s in results if s in others]
+    return np.array(tables) if len(tables) > 1 else None
+
+
+def difference_at_equal_deviation(folder, first, second):
+    """The same where both have moved equally far from the initial model.
+
+    One of the two stays at its chosen setting, and the other moves along its curve to the same
+    deviation, seed by seed: the second if it has a curve, otherwise the first. None where the curve
+    does not reach that far, or is not measured.
+    """
+    moves = second if second in CURVES else first
+    stays = first if moves == second else second
+    tables = []
+    for seed, result in chosen_results(folder, stays).items():
+        moved = on_curve(folder, moves, seed, result["deviation"])
+        if moved is None:
+            return None
+        pair = (caption_means(result), moved) if stays == first else (moved, caption_means(result))
+        tables.append(pair[0] - pair[1])
+    return np.array(tables) if len(tables) > 1 else None
+
+
+def curve_points(folder, name):
+    """[{seed: result}] of the chosen setting and its curve, by growing learning rate."""
+    settings = [chosen_setting(folder, name), *curve_settings(folder, name)]
+    settings = sorted(filter(None, settings), key=lambda setting: setting["lr"])
+    return list(filter(None, (results_of(folder, name, setting) for setting in settings)))
+
+
+def on_curve(folder, name, seed, deviation):
+    """Caption means (prompts,) of a seed's curve at a deviation, linear in its logarithm between
+    two runs; None outside of the curve."""
+    points = [results[seed] for results in curve_points(folder, name) if seed in results]
+    for low, high in zip(points, points[1:]):
+        if low["deviation"] <= deviation <= high["deviation"]:
+            way = math.log(deviation / low["deviation"])
+            way /= math.log(high["deviation"] / low["deviation"])
+            return (1 - way) * caption_means(low) + way * caption_means(high)
+    return None
+
+
+# ------------------------------------------------------------------------------------------ tables
+def markdown_table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+def folded(title, lines):
+    return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
 
 
 def spelled(setting):
-    return ", ".join(f"{k} {v:g}" for k, v in setting.items())
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
-def told(low, high, tie):
-    return "holds" if low > tie else "the opposite" if high < tie else "not told apart"
+def comparison_rows(folder):
+    # Bonferroni: a column's intervals hold all together in 95 % of such experiments.
+    level = 1 - 0.05 / len(COMPARISONS)
+    rows = []
+    for first, second, claim in COMPARISONS:
+        row = [claim]
+        for compare in (difference, difference_at_equal_deviation):
+            table = compare(folder, first, second)
+            if table is None:
+                row += ["not measured", ""]
+            else:
+                mean, low, high = interval(table, level)
+                row += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", verdict(low, high)]
+        rows.append(row)
+    return rows
 
 
-def folded(title, columns, rows):
-    """A Markdown table that unfolds."""
-    head = [
-        f"<details><summary>{title}</summary>",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-    ]
-    return [*head, *rows, "", "</details>"]
+def gains(folder, results):
+    """Of each seed: ground-truth scores less the initial model's, (seeds, prompts, images)."""
+    initial = results_of(folder, "initial", {})
+    after = np.array([result["scores"]["ground_truth"] for result in results.values()])
+    return after - np.array([initial[seed]["scores"]["ground_truth"] for seed in results])
 
 
-def arms():
-    """Every arm against the start model, as the rows of a table."""
-    import eval as evaluation
-
-    rows, commits = [], set()
-    for name, arm in ARMS.items():
-        results = load(name)["test"]
+def configuration_rows(folder):
+    rows = []
+    initial = results_of(folder, "initial", {})
+    if initial:
+        mean = np.mean([caption_means(result) for result in initial.values()])
+        rows.append(["initial model", "", len(initial), f"{mean:.4f}", *[""] * 5])
+    for name, configuration in CONFIGURATIONS.items():
+        results = chosen_results(folder, name)
         if not results:
-            rows.append(f"| {arm.title} | | not run | | | | | |")
+            rows.append([configuration.title, "not measured", *[""] * 7])
             continue
-        commits |= {r["commit"] for r in results}
-        wins = []
-        for judge in JUDGES:
-            (ours, start), seeds = tables_of(name, judge)
-            wins.append(over_seeds(ours, start))
-            if judge == "gold_score":
-                mean = f"{start.mean():.3f} to {ours.mean():.3f}"
-        chosen = len(arm.settings) > 1 or arm.by == "mean"
-        setting = spelled(results[0]["setting"]) + ("" if chosen else " (given)")
-        calls = [r["unet_calls"] for r in results]
-        seconds = [r["cpu_seconds"] for r in results if r["cpu_seconds"] is not None]
-        cost = f"{np.mean(calls):,.0f} | " + (f"{np.mean(seconds) / 60:.1f}" if seconds else "")
-        exact, learned = map(evaluation.percents, wins)
-        rows.append(f"| {arm.title} | {setting} | {len(seeds)} | {exact} | {mean} | {learned} | {cost} |")
-    return [*rows, "", f"Commits: {', '.join(sorted(commits)) or 'none'}."]
+        gain = gains(folder, results)
+        score = np.mean([caption_means(result) for result in results.values()])
+        win = ((gain > 0) + 0.5 * (gain == 0)).mean()
+        pickscore = np.mean([result["scores"]["pickscore"] for result in results.values()])
+        names = ("deviation", "unet_calls", "cpu_seconds")
+        means = {n: np.mean([result[n] for result in results.values()]) for n in names}
+        row = [configuration.title, spelled(chosen_setting(folder, name)), len(results)]
+        row += [f"{score:.4f} ± {gain.mean((1, 2)).std(ddof=1):.4f}", f"{win:.1%}"]
+        row += [f"{pickscore:.2f}", f"{means['deviation']:.2g}", f"{means['unet_calls']:,.0f}"]
+        rows.append([*row, f"{means['cpu_seconds'] / 60:.1f}"])
+    return rows
 
 
-def comparisons():
-    """The claims, as the rows of a table, and as (claim, win rate) for the chart."""
-    import eval as evaluation
-
-    rows, chart = [], []
-    for group, claims in CLAIMS.items():
-        rows.append(f"| **{group}** | | | |")
-        for name, against, claim in claims:
-            (ours, theirs), seeds = tables_of(name, "gold_score", against)
-            if not seeds:
-                rows.append(f"| {claim} | not run | | |")
-                continue
-            win, more = over_seeds(ours, theirs), (ours - theirs).mean(2)
-            chart.append((claim, win))
-            low, high = interval(more)
-            wins = f"{evaluation.percents(win)}: {told(win['low'], win['high'], 0.5)}"
-            means = f"{more.mean():+.4f} ({low:+.4f} to {high:+.4f}): {told(low, high, 0)}"
-            rows.append(f"| {claim} | {wins} | {means} | {len(seeds)} |")
-    return rows, chart
+def search_rows(folder):
+    rows = []
+    for name, configuration in CONFIGURATIONS.items():
+        found = search_means(folder, name)
+        chosen = chosen_setting(folder, name)
+        cells = [f"{spelled(setting)}: {mean:.4f}" for setting, mean in found]
+        cells = [f"**{c}**" if s == chosen else c for c, (s, _) in zip(cells, found)]
+        rows.append([configuration.title, "; ".join(cells) or "not measured"])
+    return rows
 
 
-def tables(chart_file):
-    """All results as Markdown, the long tables folded, and the chart."""
-    import eval as evaluation
+def explain_lines(folder):
+    results = load(folder, "explain")
+    if not results:
+        return ["Not measured.", ""]
+    measured = results[0]["measured"]
+    gradients = [[k, *(f"{v:.2f}" for v in row)] for k, row in measured["gradients"].items()]
+    noise = [[k, *(f"{v:.2f}" for v in row)] for k, row in measured["noise"].items()]
+    weights = [
+        [i + 1, f"{weight:.2f}", f"{people:.0%}", f"{truth:.0%}"]
+        for i, (weight, people, truth) in enumerate(measured["weights"])
+    ]
+    return [
+        "Gradients of batches of 32 pairs, each scaled to length 1. Agreement: the mean inner",
+        "product of two batches' gradients (1: they are equal, 0: noise). Cosine: of the mean",
+        "gradient and smoothing's, corrected for the noise of the batches.",
+        "",
+        *markdown_table(["method", "agreement", "cosine with smoothing"], gradients),
+        "Mean square of the noise that inversion finds. Sampled noise has 1.",
+        "",
+        *markdown_table(["inversion", *(f"t = {t}" for t in explain.NOISE_TIMESTEPS)], noise),
+        "Training pairs in five equal groups, by the size of their reward gap: the weight of a",
+        "pair in SmPO's loss, and how often the gap's sign agrees with people and ground truth.",
+        "",
+        *markdown_table(["group", "weight", "people", "ground truth"], weights),
+    ]
 
-    rows, chart = comparisons()
-    columns = ("claim", "win rate, first over second", "difference of the mean scores", "seeds")
-    lines = folded("The comparisons in numbers", columns, rows)
-    columns = (
-        "arm",
-        "setting of 4",
-        "seeds",
-        "exact judge",
-        "its mean",
-        "learned reward",
-        "UNet calls",
-        "CPU min",
-    )
-    lines += ["", *folded("Every arm against the start model", columns, arms())]
-    if chart:
-        evaluation.draw_win_rates(chart, "seeds and prompts", chart_file)
-        lines = [f"![how often one arm wins over another]({os.path.relpath(chart_file, ROOT)})", "", *lines]
-    return "\n".join(lines) + "\n"
 
-
-def searches():
-    """What each search saw, as Markdown: the setting it chose is bold."""
-    lines = ["| arm | settings: win rate over the start model, mean score, exact judge |", "|---|---|"]
-    for name, arm in ARMS.items():
-        cells = []
-        for found in load(name)["search"]:
-            wins, mean = found["win"]["gold_score"], found["mean"]["gold_score"]
-            cell = f"{spelled(found['setting'])}: {wins:.1%}, {mean:.3f}"
-            cells.append(f"**{cell}**" if found["setting"] == best(name) else cell)
-        if cells:
-            lines.append(f"| {arm.title} | {'; '.join(cells)} |")
+def tables(folder):
+    """What README.md says between its two marks, as Markdown."""
+    commits = {str(result["commit"]) for n in CONFIGURATIONS for result in load(folder, n)}
+    claims = ["claim", "difference", "verdict", "at equal deviation", "verdict"]
+    columns = ["configuration", "chosen setting", "seeds", "ground-truth score", "win rate"]
+    columns += ["PickScore", "deviation", "UNet calls", "CPU minutes"]
+    searches = markdown_table(["configuration", "mean ground-truth score"], search_rows(folder))
+    lines = [
+        "![mean ground-truth score against deviation from the initial model](evidence.png)",
+        "",
+        *markdown_table(claims, comparison_rows(folder)),
+        *folded("Every configuration", markdown_table(columns, configuration_rows(folder))),
+        *folded("The searches: the chosen setting is bold", searches),
+        *folded("Why: three measurements at the initial model", explain_lines(folder)),
+        f"Commits: {', '.join(sorted(commits)) or 'none'}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def write_between_marks(file, text):
-    begin, end = "<!-- evidence -->\n", "<!-- /evidence -->"
+    begin = "<!-- evidence -->\n"
+    end = "<!-- /evidence -->"
     head, rest = file.read_text().split(begin)
     file.write_text(head + begin + text + end + rest.split(end)[1])
 
 
+def draw_picture(folder, file):
+    curves = []
+    for name, configuration in CONFIGURATIONS.items():
+        points = []
+        for results in curve_points(folder, name):
+            is_chosen = results == chosen_results(folder, name)
+            deviation = np.exp(np.mean([math.log(r["deviation"]) for r in results.values()]))
+            score = np.mean([caption_means(result) for result in results.values()])
+            spread = gains(folder, results).mean((1, 2)).std(ddof=1)
+            points.append(evidence_picture.Point(deviation, score, spread, is_chosen))
+        colour = CURVES.get(name, evidence_picture.DARK)
+        curves.append(evidence_picture.Curve(configuration.title, colour, points))
+    curves = [curve for curve in curves if curve.points]
+    if curves:
+        initial = [caption_means(r).mean() for r in results_of(folder, "initial", {}).values()]
+        evidence_picture.draw_picture(curves, np.mean(initial), file)
+
+
+# ------------------------------------------------------------------------------------ command line
+# What the scripts import only when they need it.
+LIBRARIES = (
+    "dro",
+    "dpo_baseline",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "transformers.models.clip.modeling_clip",
+    "transformers.hf_argparser",
+)
+
+
+def run_all(next_jobs, total, folder, work, at_once, steps):
+    """Do jobs until none is left, `at_once` at a time; each result is kept as its job ends.
+
+    next_jobs() -> all jobs that are known by now, in order; those that are done are left out. Each
+    job is a fork of a server that has imported the libraries, which would take a fresh interpreter
+    seconds. Returns the labels of the jobs that failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *LIBRARIES])
+    (work / "jobs").mkdir(parents=True, exist_ok=True)
+    running = {}  # process: job
+    failed = []
+    with tqdm(total=total, desc="evidence", unit="job", smoothing=0) as bar:
+        while True:
+            jobs = next_jobs()
+            todo = [job for job in jobs if not is_done(folder, job)]
+            bar.update(len(jobs) - len(todo) - bar.n)
+            todo = [job for job in todo if job not in running.values() and job.label not in failed]
+            for job in todo[: at_once - len(running)]:
+                process = context.Process(target=run_job, args=(job, work, steps), daemon=True)
+                process.start()
+                running[process] = job
+            if not running:
+                return failed
+            multiprocessing.connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if process.exitcode is not None]:
+                job = running.pop(process)
+                file = work / "jobs" / f"{job.label}.json"
+                if process.exitcode == 0:
+                    keep(folder, job.name, json.loads(file.read_text()))
+                    file.unlink()
+                else:
+                    failed.append(job.label)
+                    bar.write(f"failed: {job.label}, see {file.with_suffix('.log')}")
+
+
+def run_quick(work, at_once):
+    """Four configurations with one short seed: shows that everything runs, and nothing more."""
+    jobs = [Job("initial", {}, 0, "search")]
+    jobs += [Job(name, CONFIGURATIONS[name].settings[0], 0, "search") for name in QUICK]
+    with tempfile.TemporaryDirectory() as folder:
+        run_all(lambda: jobs, len(jobs), Path(folder), work, at_once, steps=40)
+        for job in jobs:
+            for result in load(Path(folder), job.name):
+                score = caption_means(result).mean()
+                print(f"{job.name:12} {score:.4f}, deviation {result.get('deviation', 0):.2g}")
+
+
+def count_jobs(names):
+    """All jobs of these configurations, with those that still wait for a search."""
+    searches = sum(len(CONFIGURATIONS[name].settings) for name in names)
+    tests = len(names) + len(CURVE_FACTORS) * len(CURVES.keys() & set(names))
+    return 1 + len(SEARCH_SEEDS) * searches + len(TEST_SEEDS) * (tests + 1)
+
+
 def main():
-    global RESULTS
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    names = list(CONFIGURATIONS)
+    parser.add_argument("--configs", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each")
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="runs, caches, images")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--tables", action="store_true")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=100, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="caches, logs")
+    parser.add_argument("--quick", action="store_true", help="four short runs; nothing is kept")
+    parser.add_argument("--tables", action="store_true", help="tables and picture only")
     args = parser.parse_args()
-    args.work = args.work.absolute()
-    if args.job:
-        name, setting, seed, split = json.loads(args.job)
-        result = job(name, setting, seed, split, args.steps, args.work)
-        key_file(args.work, args.job).write_text(json.dumps(result))
-    elif args.quick:
-        RESULTS = args.work / "quick"
-        for name in QUICK:
-            ARMS[name].settings, ARMS[name].seeds = ARMS[name].settings[2:3], 1
-        run(QUICK, args.work, args.jobs, 40)
-        print(tables(RESULTS / "evidence.png"))
-    else:
-        if not args.tables:
-            run(args.arms, args.work, args.jobs, args.steps)
-        write_between_marks(ROOT / "README.md", tables(HERE / "evidence.png"))
-        write_between_marks(HERE / "searches.md", searches())
+    failed = []
+    if not args.tables:
+        work = args.work.absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        prepare(work)
+        if args.quick:
+            return run_quick(work, args.jobs)
+        jobs = (lambda: all_jobs(RESULTS, args.configs), count_jobs(args.configs))
+        failed = run_all(*jobs, RESULTS, work, args.jobs, STEPS)
+    draw_picture(RESULTS, HERE / "evidence.png")
+    write_between_marks(README, tables(RESULTS))
+    if failed:
+        sys.exit(f"{len(failed)} jobs failed")
 
 
 if __name__ == "__main__":
