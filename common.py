@@ -39,7 +39,7 @@ import fsspec
 import hashlib
 import importlib
 import io
-from itertools import pairwise
+from itertools import islice, pairwise
 import json
 import math
 import numpy as np
@@ -1078,581 +1078,455 @@ PAIR_COLUMNS = ("jpg_0", "jpg_1")
 IMAGE_COLUMNS = ("image",)
 
 # TRL's names for preference data, where the first image of a row is always the preferred one.
-TRL_COLUMNS = {"caption": "prompt", "jpg_0": "chosen", "jpg_1": "rejected"}
+# There is no label to read: the prompt, a small column, is read in its place.
+TRL_COLUMNS = {"caption": "prompt", "jpg_0": "chosen", "jpg_1": "rejected", "label_0": "prompt"}
 
-# No other decoder of Pillow's is handed a stranger's bytes (EPS would start Ghostscript).
+# No other decoder is handed a stranger's bytes: Pillow has 40, and EPS starts Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def open_rows(path, flag="--data"):
+def open_rows(path, option="--data"):
     """The rows of a data set, whatever it is stored as.
 
     path: a parquet file, a folder of them, an image folder with metadata.jsonl, or a hub id.
-    FOLDER:SPLIT and ID:SPLIT name a split; without one it is "train". flag: how messages call it.
+    FOLDER:SPLIT and ID:SPLIT name a split; without one it is "train". option: for messages.
     Returns a RowSource. InputError if the set does not exist, cannot be read or has no rows.
     """
     path = str(path)
     name = path
-    split = None
-    named = re.fullmatch(r"(.+):([\w.-]+)", path)
-    if named and not os.path.exists(path):
-        name, split = named.groups()
-    folder = Path(os.path.abspath(name))
+    split = "train"
+    # A folder may have a colon in its name: what exists is meant literally.
+    if not os.path.exists(path) and re.fullmatch(r".+:[\w.-]+", path):
+        name, _, split = path.rpartition(":")
+    title = f"{option} {path}"
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".parquet")
     try:
         if os.path.isdir(name):
-            files = split_files(folder, split or "train")
-        elif os.path.isfile(name) and not split:
-            files = [folder]
-            folder = folder.parent
-        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith((".parquet", ".jsonl")):
-            return HubRows(path, flag, name, split or "train")
-        else:
-            exists = os.path.exists(name)
-            raise InputError("is neither a folder nor a file" if exists else "does not exist")
-        # A stray file of the other kind lies deeper than the set, or beside its metadata.jsonl.
-        top = min(files, key=lambda file: (len(file.parts), file.suffix != ".jsonl"))
-        kind = ImageFolderRows if top.suffix == ".jsonl" else ParquetRows
-        same_kind = [file for file in files if file.suffix == top.suffix]
-        return kind(path, flag, folder, same_kind)
-    except InputError as error:
-        raise InputError(f"{flag} {path} {error}") from error
-    except Exception as error:  # pyarrow, datasets, the hub and json each raise their own
-        raise InputError(f"{flag} {path} cannot be read: {first_line(error)}") from error
+            return open_folder(title, path, Path(name).resolve(), split)
+        if os.path.isfile(path):
+            return ParquetRows(title, path, None, [Path(path).absolute()])
+        if is_id and not os.path.exists(name):
+            return HubRows(title, path, name, split)
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow, json, datasets and the hub each raise their own
+        raise InputError(f"{title} cannot be read: {first_line(error)}") from error
+    problem = "is no regular file" if os.path.exists(path) else "does not exist"
+    raise InputError(f"{title} {problem}")
+
+
+def open_folder(title, path, folder, split):
+    """An image folder where there is a metadata.jsonl, parquet files otherwise."""
+    files = split_files(title, folder, split)
+    # A stray file of the other kind lies beside a metadata.jsonl, or deeper than the set.
+    # `top` is the file that lies highest.
+    top = min(files, key=lambda file: (len(file.parts), file.suffix != ".jsonl"))
+    kind = ImageFolderRows if top.suffix == ".jsonl" else ParquetRows
+    return kind(title, path, folder, [file for file in files if file.suffix == top.suffix])
+
+
+def split_files(title, folder, split):
+    """The parquet and metadata.jsonl files of a folder's split, as `datasets` tells splits apart.
+
+    InputError where it cannot be told, or does not exist: test rows are never trained on.
+    """
+    from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, get_data_patterns
+
+    # `datasets` is shown empty files of the same names in memory. In the folder itself, it would
+    # search all images for each of its patterns, and take a picture test_1.png for a split.
+    memory = fsspec.filesystem("memory")
+    base = f"/{uuid.uuid4().hex}"
+    for file in walk_files(folder):
+        if file.endswith((".parquet", "/metadata.jsonl")):
+            name = os.path.relpath(file, folder)
+            if "/." not in f"/{name}":  # not hidden, such as a cache
+                memory.pipe_file(f"{base}/{name}", b"")
+    if not memory.exists(base):
+        raise InputError(f"{title} holds neither parquet files nor a metadata.jsonl")
+    patterns = get_data_patterns(f"memory:/{base}")
+    splits = DataFilesDict.from_patterns(patterns, base_path=f"memory:/{base}")
+    memory.rm(base, recursive=True)
+    if split not in splits:
+        raise InputError(f"{title} has no split {split}, only {', '.join(map(str, splits))}")
+    # A name that fits two patterns comes twice.
+    names = sorted({found.partition(f"{base}/")[2] for found in splits[split]})
+    # `datasets` overlooks Test-0.parquet and split=test/, and puts train/test/ into both splits.
+    held_out = {*SPLIT_KEYWORDS["validation"], *SPLIT_KEYWORDS["test"]}
+    for name in names if split == "train" else ():
+        if held_out & set(re.split("[^a-z]+", name.lower())):
+            raise InputError(f"{title} has no clear train split: {name} may be held out")
+    return [folder / name for name in names]
+
+
+def walk_files(folder):
+    """Paths (str: there may be 1,000,000) of all files below a folder, sorted."""
+    return sorted(os.path.join(base, name) for base, _, names in os.walk(folder) for name in names)
 
 
 def require_columns(source, columns):
     """InputError if the source lacks one of the columns."""
-    missing = [name for name in columns if name not in source.raw_names]
+    missing = ", ".join(name for name in columns if name not in source.raw_names)
     if missing:
         has = ", ".join(source.columns)
-        missing = ", ".join(missing)
-        raise InputError(f"{source.flag} {source.path} has no column {missing} (it has {has})")
-
-
-def walk_files(folder):
-    """Paths of all files under a folder, sorted. Links are followed, but no folder is seen
-    twice."""
-    seen = set()
-    found = []
-    for base, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(base)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(base, name) for name in names]
-    return sorted(found)
-
-
-def split_files(folder, split):
-    """The parquet and metadata.jsonl files of one split of a folder, sorted.
-
-    `datasets` tells the splits apart. InputError where the split is missing or cannot be told: rows
-    of a test split are never trained on.
-    """
-    names = []
-    for file in walk_files(folder):
-        name = file.relative_to(folder)
-        # Hidden folders (caches) and __pycache__-like ones are no data, as for `datasets`.
-        hidden = any(part.startswith((".", "__")) for part in name.parts)
-        if not hidden and (file.suffix == ".parquet" or file.name == "metadata.jsonl"):
-            names.append(name.as_posix())
-    if not names:
-        raise InputError("holds neither parquet files nor a metadata.jsonl")
-    splits = tell_splits(folder, names)
-    if split not in splits:
-        found = ", ".join(splits)
-        raise InputError(f"has no split {split}, only {found} (FOLDER:SPLIT names one)")
-    for other in splits.keys() - {split}:
-        both = sorted(set(splits[split]) & set(splits[other]))
-        if both:
-            raise InputError(f"has {both[0]} in both of the splits {split} and {other}")
-    return [folder / name for name in splits[split]]
-
-
-def tell_splits(folder, names):
-    """{split: sorted names}, as `datasets` tells them apart by the names of files and folders.
-
-    It is shown the names as empty files in memory: searching 100,000s of images for each of its
-    patterns would take minutes, and a picture called test_1.png is no split.
-    """
-    from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern
-
-    memory = fsspec.filesystem("memory")
-    base = f"/{uuid.uuid4().hex}"
-    for name in names:
-        memory.pipe_file(f"{base}/{name}", b"")
-    try:
-        patterns = declared_patterns(folder) or get_data_patterns(f"memory:/{base}")
-        splits = {}
-        for split, alternatives in patterns.items():
-            found = set()
-            for pattern in alternatives:
-                try:
-                    found.update(resolve_pattern(pattern, f"memory:/{base}"))
-                except FileNotFoundError:  # one of several ways to name a split
-                    pass
-            splits[str(split)] = sorted(name.partition(f"{base}/")[2] for name in found)
-    finally:
-        memory.rm(base, recursive=True)
-    if patterns == {"train": ["**"]}:  # no split is named: all is "train"
-        # `datasets` knows neither Test-0.parquet nor split=test/, and would train on both.
-        held_out = {word for split in ("validation", "test") for word in SPLIT_KEYWORDS[split]}
-        for name in names:
-            if held_out & set(re.split(r"[^a-z]+", name.lower())):
-                raise InputError(f"has splits that cannot be told apart ({name}): name a file")
-    return splits
-
-
-def declared_patterns(folder):
-    """{split: patterns} that a copy of a hub set declares in its README.md, or None."""
-    from datasets.data_files import sanitize_patterns
-    from huggingface_hub import DatasetCard
-
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    configs = DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs") or []
-    if len(configs) > 1:
-        names = ", ".join(str(config.get("config_name")) for config in configs)
-        raise InputError(f"holds several sets ({names}): name the folder of one")
-    if not configs or "data_files" not in configs[0]:
-        return None
-    return sanitize_patterns(configs[0]["data_files"])
+        raise InputError(f"{source.title} has no column {missing} (it has {has})")
 
 
 class RowSource:
-    """What open_rows returns. Subclasses read one kind of storage:
-
-    raw_rows(names, wanted) yields (number, {raw name: cell}); read_file(path, number) the bytes of
-    an image that a cell only names.
+    """The rows of a data set. Each subclass reads one kind of storage: raw_rows(names, wanted)
+    yields (number, {raw name: cell}).
     """
 
-    def __init__(self, path, flag, raw_columns):
+    def __init__(self, title, path, folder, files, raw_columns):
+        self.title = title  # how messages begin
         self.path = path
-        self.flag = flag
+        self.folder = folder  # of a local set, links resolved; None for a single file
+        self.files = files
         self.columns = tuple(raw_columns)
-        self.raw_names = {name: name for name in raw_columns}
-        self.first_won = "jpg_0" not in raw_columns and set(TRL_COLUMNS.values()) <= set(
-            raw_columns
-        )
+        self.raw_names = dict(zip(raw_columns, raw_columns))  # {column: its name in the storage}
+        trl = set(TRL_COLUMNS.values())
+        self.first_won = trl <= set(raw_columns) and "jpg_0" not in raw_columns
         if self.first_won:
-            # There is no label to read: the prompt's column stands in, it is small.
-            mapped = TRL_COLUMNS | {"label_0": "prompt"}
-            others = [name for name in raw_columns if name not in {*mapped, *mapped.values()}]
-            self.columns = (*mapped, *others)
-            self.raw_names |= mapped
+            self.columns = tuple(TRL_COLUMNS) + tuple(
+                name for name in raw_columns if name not in trl | {*TRL_COLUMNS}
+            )
+            self.raw_names |= TRL_COLUMNS
 
     def rows(self, columns, wanted=None):
-        """Iterator of (number, row), in the set's order; number counts all rows, from 0.
+        """Iterator of (number, row), in the set's order; numbers count all rows of the set from 0.
 
         wanted: row numbers (n,) int64, None for all; the other rows are skipped. row has exactly
         `columns`: caption str; label_0 0.0, 0.5 or 1.0 (0.5 also where has_label is false); jpg_0,
-        jpg_1 and image bytes (b"" where the cell is empty); anything else as it is stored.
-        InputError for a missing column at once; for a bad cell, or a file that breaks off, there.
+        jpg_1, image bytes (b"" where the cell is empty); others as they are stored. InputError for
+        a missing column at once; for a bad cell, or a file that breaks off, when it is reached.
         """
         require_columns(self, columns)
-        names = [self.raw_names[name] for name in columns]
+        names = {self.raw_names[name] for name in columns}
         if "label_0" in columns:
-            names.append("has_label")
+            names.add("has_label")  # read where it exists, which may be in some files only
         wanted = None if wanted is None else np.unique(wanted)
-        return self.checked_rows(tuple(columns), list(dict.fromkeys(names)), wanted)
+        return self.normalised_rows(columns, names, wanted)
 
-    def checked_rows(self, columns, names, wanted):
+    def normalised_rows(self, columns, names, wanted):
         number = -1
         try:
             for number, raw in self.raw_rows(names, wanted):
-                yield number, self.normalise_row(raw, columns, number)
+                row = {name: raw[self.raw_names[name]] for name in columns}
+                self.normalise_row(row, raw.get("has_label"), number)
+                yield number, row
         except InputError as error:
-            raise InputError(f"{self.flag} {self.path}: {error}") from error
-        except Exception as error:  # pyarrow, datasets, the hub and json each raise their own
+            raise InputError(f"{self.title}: {error}") from error
+        except Exception as error:  # pyarrow, json, datasets and the hub each raise their own
             after = f" after row {number}" if number >= 0 else ""
-            what = f"{self.flag} {self.path} cannot be read{after}"
-            raise InputError(f"{what}: {first_line(error)}") from error
+            raise InputError(f"{self.title} cannot be read{after}: {first_line(error)}") from error
 
-    def normalise_row(self, raw, columns, number):
-        row = {}
-        for name in columns:
-            cell = raw[self.raw_names[name]]
-            if name == "caption":
-                cell = normalise_caption(cell, number)
-            elif name == "label_0":
-                label = 1.0 if self.first_won else cell
-                cell = normalise_label(label, raw.get("has_label"), number)
-            elif name in PAIR_COLUMNS or name in IMAGE_COLUMNS:
-                cell = self.image_bytes(cell, name, number)
-            row[name] = cell
-        return row
+    def normalise_row(self, row, has_label, number):
+        if "caption" in row:
+            row["caption"] = normalise_caption(row["caption"], number)
+        if "label_0" in row:
+            label = 1 if self.first_won else row["label_0"]
+            row["label_0"] = normalise_label(label, has_label, number)
+        for name in (*PAIR_COLUMNS, *IMAGE_COLUMNS):
+            if name in row:
+                row[name] = self.image_bytes(row[name], f"{name} of row {number} (from 0)")
 
-    def image_bytes(self, cell, name, number):
+    def image_bytes(self, cell, what):
         if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
-            # `datasets` reads a path only where there are no bytes: most cells have both.
+            # Most cells have both. As in `datasets`, a path counts only where there are no bytes.
             if cell.get("bytes") is None and cell.get("path"):
-                return self.read_file(cell["path"], f"{name} of row {number} (from 0)")
+                return self.read_file(cell["path"], what)
             cell = cell.get("bytes")
-        if cell is None:
-            return b""
-        if not isinstance(cell, (bytes, bytearray, memoryview)):
+        if not isinstance(cell, (bytes, bytearray, memoryview, type(None))):
             kind = "text" if isinstance(cell, str) else f"a {type(cell).__name__}"
-            raise InputError(f"{name} of row {number} (from 0) is {kind}, not an image's bytes")
-        return bytes(cell)
+            raise InputError(f"{what} is {kind}, not an image's bytes")
+        return bytes(cell or b"")
+
+    def read_file(self, file, what):
+        """Bytes of an image that a cell only names, relative to the set's folder."""
+        if not self.folder:
+            raise InputError(f"{what} names a file ({file}): give the folder of the set")
+        # Cells are a stranger's: no file from elsewhere, no device or pipe that never ends.
+        real = os.path.realpath(os.path.join(self.folder, file))
+        if not real.startswith(os.path.join(self.folder, "")):
+            raise InputError(f"{what} lies outside the set's folder: {file}")
+        if not os.path.isfile(real):
+            raise InputError(f"{what} does not exist, or is no regular file: {file}")
+        with open(real, "rb") as opened:
+            return opened.read()
+
+    def fingerprint(self):
+        """A text that changes whenever the set's content may have changed; None if not known."""
+        facts = []
+        for file in walk_files(self.folder) if self.folder else self.files:
+            if os.path.exists(file):  # a link may lead nowhere
+                stat = os.stat(file)
+                # A copy may keep the size and mtime, but not ctime and inode.
+                times = (stat.st_mtime_ns, stat.st_ctime_ns)
+                facts.append((str(file), stat.st_size, *times, stat.st_ino))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def normalise_caption(caption, number):
-    """One text; the first of a list of them."""
+    """One text; of a list of texts, the first."""
     if isinstance(caption, list) and caption:
         caption = caption[0]
-    if not isinstance(caption, str):
-        shown = repr(caption)[:80]
-        raise InputError(f"the caption of row {number} (from 0) is no text: {shown}")
     try:
-        caption.encode()
-    except UnicodeEncodeError:  # half of an emoji, which JSON can hold and a tokenizer cannot
-        shown = ascii(caption)[:80]
-        raise InputError(
-            f"the caption of row {number} (from 0) is no valid text: {shown}"
-        ) from None
-    return caption
+        caption.encode()  # not half of an emoji, which JSON can hold and a tokenizer cannot
+        if isinstance(caption, str):
+            return caption
+    except (AttributeError, UnicodeEncodeError):
+        pass
+    raise InputError(f"the caption of row {number} (from 0) is no text: {ascii(caption)[:80]}")
 
 
 def normalise_label(label, has_label, number):
     """0.0, 0.5 or 1.0; 0.5, a tie, where has_label says in any spelling that nobody judged."""
-    if isinstance(has_label, bytes):
-        has_label = has_label.decode(errors="replace")
-    if str(has_label).strip().lower() in ("false", "0", "0.0", "no"):
+    if str(has_label).strip("b' ").lower() in ("false", "0", "0.0"):
         return 0.5
     try:
-        value = float(label)  # of an int, a bool, a Decimal or a text, too
+        value = float(label)  # an int, a bool, a Decimal or a text
     except (TypeError, ValueError, OverflowError):
         value = None
     if value not in (0, 0.5, 1):
-        shown = repr(label)[:80]
-        raise InputError(f"label_0 of row {number} (from 0) is {shown}, not 0, 0.5 or 1")
+        raise InputError(f"label_0 of row {number} (from 0) is {label!r:.80}, not 0, 0.5 or 1")
     return value
 
 
 def number_wanted(items, wanted):
-    """(number, item) of the wanted items; stops after the last of them."""
+    """(number, item) of the wanted items."""
     if wanted is None:
-        yield from enumerate(items)
-        return
-    goals = iter(wanted.tolist())
-    goal = next(goals, None)
-    for number, item in enumerate(items):
-        if goal is None:
-            return
-        if number == goal:
-            yield number, item
-            goal = next(goals, None)
+        return enumerate(items)
+    goals = set(wanted.tolist())
+    # Nothing after the last of them is read: on the hub that would be a download.
+    until_last = islice(items, max(goals, default=-1) + 1)
+    return (pair for pair in enumerate(until_last) if pair[0] in goals)
 
 
-class LocalRows(RowSource):
-    """What parquet files and image folders share: files of one folder."""
+class ParquetRows(RowSource):
+    """Parquet files. `datasets` would hold several row groups of images in memory."""
 
-    def __init__(self, path, flag, folder, raw_columns):
-        super().__init__(path, flag, raw_columns)
-        self.folder = folder
-        self.real_folder = os.path.realpath(folder)
-
-    def read_file(self, file, what):
-        """Bytes of a file named by a cell, relative to the set's folder."""
-        real = os.path.realpath(os.path.join(self.folder, file))
-        # A cell is a stranger's: no file elsewhere, no device or pipe that never ends.
-        if not Path(real).is_relative_to(self.real_folder):
-            raise InputError(f"{what} lies outside the set's folder: {file}")
-        if not os.path.isfile(real):
-            exists = os.path.exists(real)
-            raise InputError(
-                f"{what} {'is no regular file' if exists else 'does not exist'}: {file}"
-            )
-        return Path(real).read_bytes()
-
-
-def files_fingerprint(files):
-    """A hash that changes whenever one of the files may have changed."""
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            stat = os.stat(file)
-        except OSError:  # a dangling link
-            digest.update(f"{file} is missing\n".encode(errors="surrogateescape"))
-            continue
-        # ctime and inode: copying a file may keep its mtime and its size.
-        facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        digest.update(f"{file} {facts}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-class ParquetRows(LocalRows):
-    """Parquet files. `datasets` would hold a whole row group of images in memory, several times."""
-
-    def __init__(self, path, flag, folder, files):
-        self.files = files
-        self.group_ends = []  # for each file, where its row groups begin and end: [0, 32, 64, ...]
-        self.names_images = False
+    def __init__(self, title, path, folder, files):
+        self.bounds = []  # for each file, the numbers where its row groups begin, and its end
         columns = None
+        start = 0
         for file in files:
             try:
                 with pq.ParquetFile(file) as parquet:
-                    metadata = parquet.metadata
                     names = parquet.schema_arrow.names
-                    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-                    self.names_images |= any(map(names_images, groups))
-                    self.group_ends.append(np.cumsum([0] + [group.num_rows for group in groups]))
+                    groups = range(parquet.num_row_groups)
+                    sizes = [parquet.metadata.row_group(i).num_rows for i in groups]
             except Exception as error:
-                raise InputError(f"cannot be read: {file.name}: {first_line(error)}") from error
-            if metadata.num_rows:  # an empty shard may lack anything
+                message = f"{title} cannot be read: {file.name}: {first_line(error)}"
+                raise InputError(message) from error
+            self.bounds.append(start + np.cumsum([0, *sizes]))
+            if sum(sizes):  # an empty file may lack columns
                 columns = [name for name in columns or names if name in names]
-        if columns is None:
-            raise InputError("has no rows")
-        super().__init__(path, flag, folder, columns)
-
-    def fingerprint(self):
-        """Changes whenever the set may have changed; None, not known, if it names image files."""
-        return None if self.names_images else files_fingerprint(self.files)
+                start += sum(sizes)
+        if not start:
+            raise InputError(f"{title} has no rows")
+        super().__init__(title, path, folder, files, columns)
 
     def raw_rows(self, names, wanted):
         images = {self.raw_names.get(name) for name in (*PAIR_COLUMNS, *IMAGE_COLUMNS)}
-        batch_size = 16 if images & set(names) else 65536
-        start = 0
-        for file, ends in zip(self.files, self.group_ends):
-            keep = np.ones(ends[-1], bool)
+        # Rows of text are small, and large batches are faster: 1,000,000 rows take 2 seconds.
+        batch_size = 16 if images & names else 65536
+        for file, bounds in zip(self.files, self.bounds):
+            keep = np.ones(bounds[-1] - bounds[0], bool)
             if wanted is not None:
-                low, high = np.searchsorted(wanted, [start, start + ends[-1]])
+                low, high = np.searchsorted(wanted, bounds[[0, -1]])
                 keep[:] = False
-                keep[wanted[low:high] - start] = True
-            for position, row in read_parquet(file, ends, names, keep, batch_size):
-                yield start + position, row
-            start += int(ends[-1])
+                keep[wanted[low:high] - bounds[0]] = True
+            for position, row in read_parquet(file, bounds - bounds[0], names, keep, batch_size):
+                yield int(bounds[0]) + position, row
 
 
-def names_images(group):
-    """Whether cells {"bytes", "path"} of a row group may have no bytes: its images are
-    elsewhere."""
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if column.path_in_schema.endswith(".bytes"):
-            statistics = column.statistics
-            if statistics is None or statistics.null_count != 0:
-                return True
-    return False
+def read_parquet(file, bounds, names, keep, batch_size):
+    """(position, row) of a file's rows where keep (rows,) bool is set. Row groups without such a
+    row are skipped. bounds: where the row groups begin, and the end.
 
-
-def read_parquet(file, ends, names, keep, batch_size):
-    """(position, row) of a file's rows where keep (rows,) is True; row groups without any are
-    skipped.
-
-    Memory is bounded by pages, not by row groups: a page is read as a whole, and pyarrow writes up
-    to 1,024 rows into one, so that of each image column about 2 x 1,024 images can be held.
+    Memory is bounded whatever the size of a row group: pyarrow reads a page as a whole, and writes
+    up to 1,024 rows into one, so 2 x 1,024 images are held for each image column at most.
     """
-    groups = [i for i, (low, high) in enumerate(pairwise(ends)) if keep[low:high].any()]
+    groups = [i for i, (low, high) in enumerate(pairwise(bounds)) if keep[low:high].any()]
     if not groups:
         return
-    positions = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in groups])
+    # iter_batches goes on from row group to row group, so a batch may span several.
+    positions = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in groups])
     last = np.flatnonzero(keep)[-1]
-    # Without buffer_size, pyarrow would fetch a column of the row group at once.
+    # Without buffer_size, pyarrow reads a column of a row group as a whole.
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
-        if parquet.metadata.num_rows != ends[-1]:
-            raise InputError(f"{file.name} changed while the set was read")
-        names = [name for name in names if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(batch_size, row_groups=groups, columns=names):
+        columns = [name for name in names if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(batch_size, row_groups=groups, columns=columns):
             here = positions[: len(batch)]
             positions = positions[len(batch) :]
             chosen = np.flatnonzero(keep[here])
             if len(chosen) < len(batch):
-                batch = batch.take(chosen)
+                batch = batch.take(chosen)  # before anything becomes a Python object
             yield from zip(here[chosen].tolist(), batch.to_pylist())
             if here[-1] >= last:
                 return
 
 
-class ImageFolderRows(LocalRows):
-    """An image folder: a line of metadata.jsonl is a row, NAME_file_name names the file of NAME.
-
-    It is read line by line: `datasets` takes the first 10 MB's types for all, and makes 0.5 a 0.
+class ImageFolderRows(RowSource):
+    """Lines of metadata.jsonl, in which NAME_file_name is the file of the image NAME. `datasets`
+    takes the first 10 MB's types for all of the file, and so makes a later 0.5 a 0.
     """
 
-    def __init__(self, path, flag, folder, files):
-        self.files = files
-        self.folder = folder
-        first = next(self.lines(), None)
+    def __init__(self, title, path, folder, files):
+        first = next(text_lines(files), None)
         if first is None:
-            raise InputError("has no rows")
-        super().__init__(path, flag, folder, self.parse(*first))
-
-    def fingerprint(self):
-        """Changes whenever the set, or any other file of its folder, may have changed."""
-        return files_fingerprint(walk_files(self.folder))
-
-    def lines(self):
-        for file in self.files:
-            with open(file, encoding="utf-8-sig") as lines:
-                yield from ((file, line) for line in lines if line.strip())
-
-    def parse(self, file, line):
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise InputError(f"a line of {file.name} is no object: {line.strip()[:80]}")
-        cells = {}
-        for key, value in row.items():
-            name = "image" if key == "file_name" else key.removesuffix("_file_name")
-            if name != key:
-                path = value if value is None else str(file.parent / str(value))
-                value = {"bytes": None, "path": path}
-            cells[name] = value
-        return cells
+            raise InputError(f"{title} has no rows")
+        super().__init__(title, path, folder, files, parse_line(*first))
 
     def raw_rows(self, names, wanted):
-        for number, (file, line) in number_wanted(self.lines(), wanted):
-            row = self.parse(file, line)
-            for name in names:
-                if name not in row and name != "has_label":
-                    raise InputError(
-                        f"row {number} (from 0) has no {name} (it has {', '.join(row)})"
-                    )
+        for number, (file, line) in number_wanted(text_lines(self.files), wanted):
+            row = parse_line(file, line)
+            missing = ", ".join(sorted(names - row.keys() - {"has_label"}))
+            if missing:
+                raise InputError(f"row {number} (from 0) has no {missing}")
             yield number, row
 
 
-class HubRows(RowSource):
-    """A data set of the hub, streamed by `datasets`; pinned to the revision it has now."""
+def text_lines(files):
+    """(file, line) of all lines that are not blank."""
+    for file in files:
+        with open(file, encoding="utf-8-sig") as lines:  # with or without a byte order mark
+            yield from ((file, line) for line in lines if line.strip())
 
-    def __init__(self, path, flag, name, split):
+
+def parse_line(file, line):
+    """A line of metadata.jsonl as {name: cell}."""
+    row = {}
+    for key, cell in json.loads(line).items():
+        name = "image" if key == "file_name" else key.removesuffix("_file_name")
+        if name != key:
+            # Names are relative to the metadata.jsonl they stand in, as for `datasets`.
+            cell = {"bytes": None, "path": cell and str(file.parent / cell)}
+        row[name] = cell
+    return row
+
+
+class HubRows(RowSource):
+    """A data set of the hub, streamed by `datasets`, at the revision it has when it is opened."""
+
+    def __init__(self, title, path, name, split):
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
+        # Without a revision, a set that is updated during a run would change under it.
         try:
             self.revision = HfApi().dataset_info(name).sha
-        except Exception:  # load_dataset says what is wrong
+        except Exception:  # load_dataset will say what is wrong
             self.revision = None
         stream = load_dataset(name, split=split, streaming=True, revision=self.revision)
         if stream.features:
-            stream = stream.decode(
-                False
-            )  # images stay bytes: one that is broken costs its row alone
+            stream = stream.decode(False)  # images stay bytes: a broken one costs its row alone
         first = next(iter(stream), None)
         if first is None:
-            raise InputError("has no rows")
+            raise InputError(f"{title} has no rows")
         self.stream = stream
-        self.name = name
-        super().__init__(path, flag, first)
+        super().__init__(title, path, None, [], first)
 
     def fingerprint(self):
-        """The revision; None if it is not known."""
-        return self.revision and f"{self.name}@{self.revision}"
-
-    def raw_rows(self, names, wanted):
-        names = [name for name in names if name in self.raw_names]
-        return number_wanted(self.stream.select_columns(names), wanted)
+        return self.revision
 
     def read_file(self, file, what):
-        """Bytes of a file of the hub, which may lie in a zip file there."""
-        *inside, address = file.split("::")
-        zipped = all(part.startswith("zip://") for part in inside)
-        if not (address.startswith("hf://datasets/") and zipped):
+        """`datasets` gives the hub's address of an image, or its place in a zip file of the hub."""
+        if not re.match(r"(zip://[^:]*::)?hf://datasets/", file):
             raise InputError(f"{what} is not kept on the hub: {file}")
         with fsspec.open(file, "rb") as opened:
             return opened.read()
 
+    def raw_rows(self, names, wanted):
+        columns = [name for name in names if name in self.raw_names]
+        return number_wanted(self.stream.select_columns(columns), wanted)
+
 
 def read_prompts(path, column="caption"):
-    """The prompts of a file or set, a list of texts.
+    """The prompts of a file or a data set, a list of texts.
 
-    path: a .txt file, one a line; .jsonl or .json: texts, or objects with `column`; in .json a list
-    of these or an object whose values they are (MJHQ-30K); or what open_rows reads. InputError if
-    it cannot be read, has no prompt, or one of them is no text.
+    path: .txt, one a line; .jsonl, texts or objects with `column`; .json, a list of these or an
+    object with these as values (MJHQ-30K); or whatever open_rows reads.
+    InputError if it cannot be read, has no prompts, or one is no text.
     """
     path = str(path)
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in (".txt", ".json", ".jsonl"):
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            lines = [line for line in io.StringIO(text) if line.strip()]
-            if suffix == ".txt":
-                items = [line.strip() for line in lines]
-            elif suffix == ".jsonl":
-                items = [json.loads(line) for line in lines]
-            else:
-                items = json.loads(text)
-        except FileNotFoundError:
-            raise InputError(f"--prompts {path} does not exist") from None
-        except Exception as error:  # of the disk, the encoding or the JSON
-            raise InputError(f"--prompts {path} cannot be read: {first_line(error)}") from error
-        if isinstance(items, dict):
-            items = list(items.values())
-    else:
-        source = open_rows(path, "--prompts")
-        items = [row for _, row in source.rows((column,))]
-    if not isinstance(items, list) or not items:
-        raise InputError(f"--prompts {path} has no prompts")
-    prompts = []
-    for number, item in enumerate(items):
-        if isinstance(item, dict):
-            if column not in item:
-                has = ", ".join(item)
-                raise InputError(f"--prompts {path}: row {number} has no {column} (it has {has})")
-            item = item[column]
-        try:
-            prompts.append(normalise_caption(item, number))
-        except InputError as error:
-            raise InputError(f"--prompts {path}: {error}") from error
-    return prompts
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix == ".txt":
+            items = [line.strip() for _, line in text_lines([path])]
+        elif suffix == ".jsonl":
+            items = [json.loads(line) for _, line in text_lines([path])]
+        elif suffix == ".json":
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            items = list(content.values() if isinstance(content, dict) else content)
+        else:
+            items = [row for _, row in open_rows(path, "--prompts").rows((column,))]
+        if not items:
+            raise InputError(f"--prompts {path} has no prompts")
+        texts = [item[column] if isinstance(item, dict) else item for item in items]
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"--prompts {path}: a row has no {error}") from error
+    except Exception as error:  # of the disk, the encoding, the JSON
+        raise InputError(f"--prompts {path} cannot be read: {first_line(error)}") from error
+    try:
+        return [normalise_caption(text, number) for number, text in enumerate(texts)]
+    except InputError as error:
+        raise InputError(f"--prompts {path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------- images
 def decode_image(cell):
-    """An image file's bytes, or a cell {"bytes": ...}, as a PIL image in RGB; None if not
-    decodable.
+    """An image file's bytes, or a cell {"bytes": ...} -> a PIL image in RGB; None if not decodable.
 
     For animations, the first frame is used. The EXIF rotation is applied, transparency becomes
-    white, 16-bit greys are scaled. None also where the pixels' range is not known (32-bit integers
-    and floats) and beyond 89 million pixels, where a small file may fill the memory.
+    white, 16-bit greys are scaled. None also where nothing tells which value is white (32-bit
+    integers, floats), and beyond 89 million pixels: a small file could fill the memory.
     """
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS or image.mode in ("I", "F"):
+        if image.mode in ("I", "F") or image.width * image.height > Image.MAX_IMAGE_PIXELS:
             return None
-        image.load()
+        image.load()  # raises where the file is cut off
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:  # damaged EXIF data says nothing about the pixels
             pass
-        if image.mode.startswith("I;16"):
-            transparent = image.info.get("transparency")
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if isinstance(transparent, int):
-                image.info["transparency"] = transparent // 257
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception:  # Pillow's decoders raise nearly anything
         return None
 
 
 def resize_and_crop(image, side):
-    """A PIL image in RGB as the square that a model sees.
+    """A PIL image in RGB -> the square that a model sees.
 
     The shorter side becomes `side` (bicubic), the middle of the longer one is kept. Returns pixels
-    (3, side, side) fp32 in [-1, 1], and SDXL's size conditioning (6,) fp32: original height and
+    (3, side, side) fp32 in [-1, 1] and SDXL's size conditioning (6,) fp32: original height and
     width, crop top and left, target height and width.
     """
     shorter = min(image.size)
-    width = image.width * side // shorter  # rounded down, as transformers' CLIP processor does
+    width = image.width * side // shorter  # rounded down, as in transformers' CLIP processor
     height = image.height * side // shorter
     left = (width - side) // 2
     top = (height - side) // 2
+    bicubic = Image.Resampling.BICUBIC
     if max(width, height) <= 16 * side:
-        small = image.resize((width, height), Image.Resampling.BICUBIC)
+        small = image.resize((width, height), bicubic)
         small = small.crop((left, top, left + side, top + side))
     else:
-        # 1 x 30,000 pixels would become 512 x 15,360,000: only the part that is kept is resized.
-        # Pillow holds the box in single precision, so this would differ slightly for all images.
+        # 1 x 30,000 pixels would become 512 x 15,360,000, so only the middle is resized. Other
+        # images keep CLIP's exact bits: Pillow rounds between its two passes, the box's size
+        # decides which of them comes first, and that changes smooth pictures by up to 2 of 255.
         across = image.width / width
         down = image.height / height
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
-        small = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+        small = image.resize((side, side), bicubic, box=box)
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
     sizes = [image.height, image.width, top, left, side, side]
     return pixels, torch.tensor(sizes, dtype=torch.float32)

@@ -269,8 +269,9 @@ def run_job(job, work, steps):
         configuration = CONFIGURATIONS[job.name]
         options = {**configuration.options, **job.setting, "steps": steps, "seed": job.seed}
         result["unet_calls"] = train(configuration.script, out, work, options)
-        result["scores"] = score_model(str(out / "unet"), job, work)
-        result["deviation"] = explain.deviation_of(str(out / "unet"))
+        trained = str(out / ("lora" if "lora" in options else "unet"))
+        result["scores"] = score_model(trained, job, work)
+        result["deviation"] = explain.deviation_of(trained)
         shutil.rmtree(out)
     result["cpu_seconds"] = round(time.process_time())
     result["commit"] = common.versions()["commit"]

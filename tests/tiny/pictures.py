@@ -137,8 +137,8 @@ def draw_ladder(file, t=450):
         sheet.text(middle - 90, 14, f"{mode}, n = {steps}", 19)
         sheet.text(middle - 90, 42, note, 14, colour=GREY)
         draw_way(sheet, middle, steps_taken(t, steps, mode), t)
-    note = "An arrow is a DDIM step. Beside it: the timestep that the UNet is told, and its calls; 2: "
-    sheet.text(20, 580, note + "ReNoise looks again.", 15)
+    note = "An arrow is a DDIM step. Beside it: the timestep that the UNet is told, and how often it is"
+    sheet.text(20, 580, note + " called (twice with ReNoise).", 15)
     note = f"x_t is the latent at the top. Its noise is read off at t = {t}, and both UNets, trained"
     note += " and reference, are told t: the error is taken there."
     sheet.text(20, 606, note, 15, colour=RED)
