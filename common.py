@@ -132,6 +132,8 @@ def inversion_path(t, T, steps, mode):
     above, steps = 5     [200, 400, 600]             to the first of 200, 400, ... at or above t
     paper, steps = 9     [111, 222, 333, 444, 450]   the grid below t, then exactly t
     """
+    if mode not in INVERSION_MODES:
+        raise ValueError(f"mode must be one of {', '.join(INVERSION_MODES)}, not {mode!r}")
     if mode == "release":
         grid = [1 + k * (T // steps) for k in range(steps)]
     else:
@@ -140,9 +142,8 @@ def inversion_path(t, T, steps, mode):
         return [level for level in grid if level < t] + [t]
     end = next((level for level in grid if level >= t), grid[-1])
     path = [level for level in grid if level <= end]
-    # The released loop stops at 1 on its way. At timestep 1 there is hardly any noise: leaving that
-    # stop out saves two UNet calls and changes the result by a few percent
-    # (tests/test_released.py).
+    # The released loop stops at 1 on its way, where there is hardly any noise. Without that stop two
+    # UNet calls are saved, and eps differs by 5 % on average (tests/test_released.py).
     if mode == "release" and len(path) > 1:
         path = path[1:]
     return path
@@ -200,8 +201,6 @@ def renoise_invert(eps_fn, x0, t, alpha_bar, steps, mode, renoise=1):
 
     UNet calls an image: 2 for each step of release and above, steps + 1 for paper.
     ValueError for another mode, steps < 1, or a renoise other than 0 and 1."""
-    if mode not in INVERSION_MODES:
-        raise ValueError(f"mode must be one of {', '.join(INVERSION_MODES)}, not {mode!r}")
     if steps < 1 or renoise not in (0, 1):
         raise ValueError(f"steps must be 1 or more, renoise 0 or 1, not {steps} and {renoise}")
     paths = [inversion_path(level, len(alpha_bar), steps, mode) for level in t.tolist()]

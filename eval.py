@@ -31,7 +31,7 @@ import dataclasses
 from dataclasses import dataclass
 import hashlib
 import importlib.util
-from itertools import combinations, product
+from itertools import combinations
 import json
 import math
 import numpy as np
@@ -163,6 +163,7 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
     from transformers import CLIPConfig, CLIPModel
 
     weights = select_weights(state_dict, renames=OPEN_CLIP_TO_CLIP)
+    # What renaming alone does not mend:
     # Query, key and value are one tensor in open_clip.
     for key in [key for key in weights if ".in_proj_" in key]:
         for letter, piece in zip("qkv", weights.pop(key).chunk(3)):
@@ -171,6 +172,7 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
     for key in ("visual_projection.weight", "text_projection.weight"):
         weights[key] = weights[key].T.contiguous()
 
+    # The configuration follows from the shapes, all but the heads and the activation.
     text = select_weights(weights, "text_model.")
     vision = select_weights(weights, "vision_model.")
     vocabulary, width = text["embeddings.token_embedding.weight"].shape
@@ -234,11 +236,13 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
     """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+    # The image encoder
     image = select_weights(state_dict, "blip.visual_encoder.", BLIP_TO_TRANSFORMERS)
     config = transformer_config(image, vision_heads)
     vision = BlipVisionModel(BlipVisionConfig(**config, layer_norm_eps=1e-6))
     load_strict(vision, image)
 
+    # The text encoder, whose layers also attend to the image
     words = select_weights(state_dict, "blip.text_encoder.")
     words.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: no weight
     vocabulary, width = words["embeddings.word_embeddings.weight"].shape
@@ -248,12 +252,13 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
         "hidden_size": width,
         "encoder_hidden_size": vision.config.hidden_size,
         "max_position_embeddings": len(words["embeddings.position_embeddings.weight"]),
-        "layer_norm_eps": 1e-12,
+        "layer_norm_eps": 1e-12,  # BERT's; the image encoder has 1e-6
         "bos_token_id": None,
         "sep_token_id": None,
     }
     text = BlipTextModel(BlipTextConfig(**config), add_pooling_layer=False)
     load_strict(text, words)
+
     head = linear_chain(select_weights(state_dict, "mlp.layers."))
     return ImageReward(vision, text, head).eval()
 
@@ -275,6 +280,8 @@ def read_weights(path):
 
 
 # --------------------------------------------------------------------------------- 3. scorers
+# A scorer's class turns its files into score(images, prompts). All of them share the batching, the
+# checks of what comes out, and the image preprocessing.
 class Scorer:
     """score(images: N PIL, prompts: N texts, batch=32) -> (N,) fp32 on the CPU.
 
@@ -282,9 +289,9 @@ class Scorer:
     thread, and compute(n prepared images, n prompts) -> n numbers.
     """
 
-    name = ""
-    unit = ""
-    side = 224  # px, of the model's square images
+    name = ""  # for messages
+    unit = ""  # of the scores, for reports
+    side = 224  # px, of the square images that the model sees
     mean = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, which all published scorers have
     std = (0.26862954, 0.26130258, 0.27577711)
     parts = ()  # all that the scores depend on: models, tokenizers, texts
@@ -307,11 +314,12 @@ class Scorer:
                 values = torch.as_tensor(self.compute(prepared, list(prompts)))
             values = values.float().cpu().flatten()
         except Exception as error:  # a judge's own, or a full GPU
-            raise InputError(f"scorer {self.name} raises {describe_error(error)}") from error
+            raise InputError(f"{self.name} raises {describe_error(error)}") from error
         finite = int(values.isfinite().sum())
+        # Other scores than these must not reach a mean or a loss.
         if not len(prepared) == len(values) == finite:
             text = f"{finite} finite values for {len(prepared)} images"
-            raise InputError(f"scorer {self.name}: {text}")
+            raise InputError(f"{self.name} gives {text}")
         return values
 
     def prepare(self, image):
@@ -324,10 +332,9 @@ class Scorer:
 
     def fingerprint(self):
         """A hash that changes whenever the scores may change, also with a library's version."""
-        about = [
-            part if isinstance(part, str) else common.weights_hash(part) for part in self.parts
-        ]
-        return hash_of([type(self).__name__, about, library_versions()])
+        texts = [part for part in self.parts if isinstance(part, str)]
+        models = [common.weights_hash(part) for part in self.parts if part not in texts]
+        return hash_of([type(self).__name__, texts, models, library_versions()])
 
 
 @contextmanager
@@ -361,19 +368,20 @@ class Judge(Scorer):
     unit = "the judge's"
 
     def __init__(self, name):
+        self.name = f"judge {name}"
         file, _, function = name.rpartition(":")
         if not Path(file).is_file():
-            raise InputError(f"judge {name}: there is no file {file}")
+            raise InputError(f"{self.name}: there is no file {file}")
+        # The file is run as a module of its own name; it is the user's, so running it is fine.
         spec = importlib.util.spec_from_file_location(f"judge_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            raise InputError(f"judge {name} raises {describe_error(error)}") from error
-        self.name = name
+            raise InputError(f"{self.name} raises {describe_error(error)}") from error
         self.compute = getattr(module, function, None)
         if not callable(self.compute):
-            raise InputError(f"judge {name}: {file} has no function {function}")
+            raise InputError(f"{self.name}: {file} has no function {function}")
         # What the file imports is not seen: after a change there, use another --cache.
         self.parts = (function, Path(file).read_text())
 
@@ -405,6 +413,7 @@ class ClipScorer(Scorer):
         place = files["processor"]
         processor = common.load_pretrained(CLIPImageProcessorPil, place, "image processor")
         side = model.config.vision_config.image_size
+        # A processor of another model would feed the right number of other pixels.
         sides = {*dict(processor.size).values(), *dict(processor.crop_size).values()} - {None}
         if sides != {side}:
             text = f"{sorted(sides)} px, not the {side} px of the model"
@@ -422,13 +431,13 @@ class ClipScorer(Scorer):
 
 
 def require_fitting_tokenizer(tokenizer, config):
-    """InputError where a CLIP text encoder would read this tokenizer's output wrongly. It has to
-    be known beforehand: on a GPU, an id beyond the vocabulary ends the whole process."""
+    """InputError where a CLIP text encoder would read this tokenizer's output wrongly."""
     # The text feature is taken at the end of text. Where there is none, it would silently be taken
     # at the first token, the same for all texts. (2 is how old configs spell "the largest id".)
     ids = tokenizer("a photo").input_ids
     end = max(ids) if config.eos_token_id == 2 else config.eos_token_id
     problem = None
+    # Known beforehand, since an id beyond the vocabulary would end the whole process on a GPU
     if tokenizer.model_max_length > config.max_position_embeddings:  # 10^30 where it has none
         problem = f"has no length, or more than {config.max_position_embeddings} tokens"
     elif len(tokenizer) > config.vocab_size:
@@ -547,7 +556,8 @@ AESTHETIC_V2 += "/sac+logos+ava1-l14-linearMSE.pth"
 HPS_V20 = "xswu/HPSv2/HPS_v2_compressed.pt"
 HPS_V21 = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 IMAGE_REWARD = "THUDM/ImageReward/ImageReward.pt"
-# {name: (class, {part: hub repository, hub file or address})}
+# {name: (class, {part: hub repository, hub file or address})}. The first part is the one that
+# NAME=PATH replaces.
 SCORERS = {
     "pickscore": (PickScorer, {"model": PICKSCORE, "processor": VIT_H}),
     "clip": (ClipScorer, {"model": VIT_H, "processor": VIT_H}),
@@ -578,7 +588,8 @@ def scorer_files(name, path=None):
     unknown = ", ".join(set(given) - set(files))
     if unknown:
         raise InputError(f"scorer {name} has no part {unknown}, only {', '.join(files)}")
-    if Path(given.get(first, "")).is_dir() and first in given:
+    # A folder has everything: nothing is taken from the hub then.
+    if first in given and Path(given[first]).is_dir():
         folder = Path(given.pop(first))
         for part, published in files.items():
             file = folder / published.rpartition("/")[2]
@@ -605,7 +616,8 @@ def load_scorer(name, path=None, device=None, dtype=None):
         raise InputError(f"unknown scorer {name}; known: {', '.join(SCORERS)}, PATH.py:FUNCTION")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    return open_scorer(SCORERS[name][0], name, scorer_files(name, path), device, dtype)
+    files = scorer_files(name, path)
+    return open_scorer(SCORERS[name][0], f"scorer {name}", files, device, dtype)
 
 
 def load_reward(path, processor=None, device="cpu"):
@@ -626,8 +638,8 @@ def open_scorer(kind, name, files, device, dtype):
         score([Image.new("RGB", (64, 48))], ["a photo"])
     except Exception as error:  # pickle, safetensors and the hub raise their own
         reason = str(error) if isinstance(error, InputError) else describe_error(error)
-        places = ", ".join(f"{part} {place}" for part, place in files.items())
-        raise InputError(f"scorer {name} cannot be used ({places}): {reason}") from error
+        places = ", ".join(dict.fromkeys(files.values()))
+        raise InputError(f"{name} ({places}) cannot be used: {reason}") from error
     return score
 
 
@@ -686,6 +698,7 @@ def score_pairs(table, score, cache, title, dist_info):
         images, captions = zip(*batch)
         return {"score": score.score_prepared(list(images), captions)}
 
+    # Scores of another model, or by other libraries, lie in another folder.
     name = common.broadcast_from_main(score.fingerprint() if dist_info.is_main else None)
     store = common.TensorStore(Path(cache) / f"scores-{name}")
     while True:  # once, unless a file of the store turns out to be damaged
@@ -706,6 +719,7 @@ def item_keys(table):
 
 def rows_without_score(table, store):
     """Sorted numbers of the rows with an image that was not read yet or has no score."""
+    # A row is known if each of its images was read, and then was scored or does not decode.
     keys = item_keys(table)
     known = (store.find(keys.ravel()) >= 0).reshape(keys.shape) | np.isin(keys, store.undecodable)
     known &= table.image_keys.numpy() != 0
@@ -728,7 +742,7 @@ def items_to_score(table, store, rows):
 def read_scores(table, store):
     """What `score_pairs` returns, from a store that has every item."""
     keys = item_keys(table)
-    values = np.full(keys.shape, np.nan, np.float32)
+    values = np.full(keys.shape, np.nan, np.float32)  # NaN stays where an image does not decode
     decodable = ~np.isin(keys, store.undecodable)
     if decodable.any():
         values[decodable] = store.read(keys[decodable])["score"].numpy()
@@ -835,6 +849,7 @@ def image_settings(cfg, dist_info):
 def hash_images(pipe, cfg, unets, prompts, dist_info):
     """{name: hash of all that its images depend on}. On the way, each UNet is loaded, so that one
     that does not fit is refused before anything is drawn. Loading takes seconds, drawing hours."""
+    # What all models share: settings, prompts, libraries, and the pipeline but for its UNet
     about = [image_settings(cfg, dist_info), prompts, library_versions()]
     if dist_info.is_main:  # the main process alone hashes: about 2 s for SD1.5
         about.append(common.weights_hash(pipe, without=("unet",)))
@@ -852,11 +867,14 @@ def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
     The ranks take batches in turn. A batch is drawn completely or not at all, so that neither the
     number of GPUs nor a restart changes a bit of it.
     """
-    jobs = list(product(range(len(prompts)), range(cfg.images_per_prompt)))
-    files = {(i, j): folder / f"{i:05d}_{j}.png" for i, j in jobs}
+    numbers = range(cfg.images_per_prompt)
+    files = [[folder / f"{i:05d}_{j}.png" for j in numbers] for i in range(len(prompts))]
+    # Which batches are this rank's, and which of them are not complete?
+    jobs = [(i, j) for i in range(len(prompts)) for j in numbers]
     starts = range(0, len(jobs), cfg.micro_batch)[dist_info.rank :: dist_info.world_size]
     batches = [jobs[start : start + cfg.micro_batch] for start in starts]
-    missing = [batch for batch in batches if not all(files[job].exists() for job in batch)]
+    missing = [batch for batch in batches if not all(files[i][j].exists() for i, j in batch)]
+    # The UNet is loaded, and the pipeline brought to the GPU, only where there is something to do.
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         own = pipe.unet
@@ -864,14 +882,13 @@ def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
         pipe.to(dist_info.device)
         for batch in tqdm(missing, title, unit="batch", disable=not dist_info.is_main):
             images = sample(pipe, [prompts[i] for i, _ in batch], batch, cfg)
-            for job, image in zip(batch, images):
-                with common.atomic(files[job]) as temporary:
+            for (i, j), image in zip(batch, images):
+                with common.atomic(files[i][j]) as temporary:
                     # Fast compression: a tenth larger, three times faster
                     image.save(temporary, "PNG", compress_level=1)
         pipe.unet = own
     common.barrier()
-    many = cfg.images_per_prompt
-    return [list(files.values())[i * many : (i + 1) * many] for i in range(len(prompts))]
+    return files
 
 
 def sample(pipe, texts, jobs, cfg):
@@ -918,22 +935,6 @@ def read_images(folder, prompts):
 
 
 # ------------------------------------------------------------------------------ 6. comparison
-def check_comparison(cfg, prompts, wanted):
-    """Refuse what can be refused before anything is loaded: unknown names, missing judges."""
-    if not prompts:
-        raise InputError("there are no prompts: --prompts gave none")
-    for name, path in wanted.items():
-        if name in SCORERS:
-            scorer_files(name, path)
-        else:
-            load_scorer(name)
-    names = [short_name(name) for name in wanted]
-    if len(set(names)) < len(names):
-        raise InputError(f"two judges have one name: {', '.join(names)}")
-    if cfg.median_by not in [None, *names]:
-        raise InputError(f"--median_by {cfg.median_by} is not one of {', '.join(names)}")
-
-
 def usable_scorers(cfg, wanted, image, prompt, dist_info):
     """Load each scorer and try it on one image, before anything is drawn.
 
@@ -964,18 +965,22 @@ def compare_unets(cfg, unets, prompts, wanted):
     own}; wanted: {scorer or judge: see scorer_files}. Images are kept in images/HASH under --cache
     (by default --out). Returns what scores.json holds.
     """
+    # Everything is loaded and tried once before the hours of drawing begin.
     dist_info = common.init_distributed()
-    check_comparison(cfg, prompts, wanted)
     pipe = open_pipeline(cfg)
     height, width = (side * pipe.vae_scale_factor for side in latent_size(pipe))
     blank = Image.new("RGB", (width, height))
     usable, left_out = usable_scorers(cfg, wanted, blank, prompts[0], dist_info)
     hashes = hash_images(pipe, cfg, unets, prompts, dist_info)
+
+    # Draw, with one UNet after the other.
     files = {}
     for name, path in unets.items():
         folder = Path(cfg.cache or cfg.out) / "images" / hashes[name]
         files[name] = draw_images(pipe, path, prompts, folder, cfg, dist_info, name)
     del pipe  # the scorers need the memory
+
+    # Score and report.
     settings = image_settings(cfg, dist_info) | {
         "model": displayed(cfg.model),
         "variant": cfg.variant,
@@ -993,6 +998,8 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
     files: {model: image files (P)(N), paired across the models}. Returns what scores.json holds.
     """
     dist_info = common.init_distributed()
+
+    # One scorer after the other: a GPU may not hold two.
     about = {}
     scores = {}
     for name, path in wanted.items():
@@ -1004,6 +1011,8 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
         for model, table in files.items():
             values = score_files(score, table, prompts, cfg, dist_info, f"{short}, {model}")
             scores[short][model] = values
+
+    # "scores" has every score, the statistics only those that count.
     counted = keep_median(scores, cfg.median_by) if cfg.median_by else scores
     result = {
         "settings": settings | {"prompt_count": len(prompts), "median_by": cfg.median_by},
@@ -1023,6 +1032,7 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
 
 def score_files(score, files, prompts, cfg, dist_info, title):
     """Scores (P)(N) of image files (P)(N), the ranks taking batches in turn."""
+    # A batch has the same images whatever the number of ranks, so its scores have the same bits.
     jobs = [(file, prompt) for row, prompt in zip(files, prompts) for file in row]
     starts = range(0, len(jobs), cfg.micro_batch)
     batches = {start: jobs[start : start + cfg.micro_batch] for start in starts}
@@ -1065,7 +1075,7 @@ def summarise(table):
     """{model: (P, N) scores} -> {model: mean, standard error of the mean over prompts, median}."""
     summary = {}
     for model, values in table.items():
-        by_prompt = np.mean(values, axis=1)
+        by_prompt = np.mean(values, axis=1)  # images of one prompt are not independent
         deviation = by_prompt.std(ddof=min(1, len(by_prompt) - 1))
         summary[model] = {
             "mean": np.mean(values),
@@ -1112,6 +1122,7 @@ def markdown(result):
                 numbers = f"{in_percent(rate)} | {rate['tie']:.1%}"
                 lines.append(f"| {scorer} | {model} over {other} | | | {numbers} |")
     lines.append("")
+    # A line for each scorer, for each that is missing, and one for the settings
     for scorer, about in result["scorers"].items():
         lines.append(f"- {scorer}: {', '.join(dict.fromkeys(about.values()))}")
     for problem in result["left_out"].values():
@@ -1151,6 +1162,7 @@ def draw_samples(files, prompts, scores, rows=5):
     files: {model: image files (P)(N)}; scores: {scorer: {model: (P)(N)}}, the first one's are shown.
     """
     scorer = next(iter(scores), None)
+    # The size of an image on the sheet
     width, height = Image.open(next(iter(files.values()))[0][0]).size
     scale = 256 / max(width, height)
     resample = Image.Resampling.LANCZOS
@@ -1159,6 +1171,7 @@ def draw_samples(files, prompts, scores, rows=5):
         resample = Image.Resampling.NEAREST
     w = round(width * scale)
     h = round(height * scale)
+    # A block has an image of each model; `across` blocks stand side by side.
     block = (w + 6) * len(files) + 18
     line = h + 54
     across = max(1, min(1200 // block, math.ceil(len(prompts) / rows)))
@@ -1193,10 +1206,12 @@ def draw_win_rates(rows, over):
     bottom = 50 + 34 * len(rows)
     picture = Image.new("RGB", (1110, bottom + 60), "white")
     draw = ImageDraw.Draw(picture)
+    # The axis, with a black line at 50 %
     for percent in range(0, 101, 25):
         x = left + scale * percent / 100
         draw.line((x, 40, x, bottom), "black" if percent == 50 else "#d8d8d8", 2)
         write(draw, (x, 26), f"{percent} %", anchor="mm")
+    # A line for each comparison
     for i, (title, rate) in enumerate(rows):
         y = 67 + 34 * i
         low, win, high = (left + scale * rate[name] for name in ("low", "win", "high"))
@@ -1252,7 +1267,7 @@ def draw_curves(out):
 def draw_curve(draw, frame, name, steps, values):
     """A panel: values over steps, in the frame (left, top, right, bottom) px."""
     left, top, right, bottom = frame
-    # Moving average over a tenth of the steps
+    # Moving average over the last tenth of the steps, fewer at the beginning
     window = max(1, len(values) // 10)
     smooth = np.cumsum(values)
     smooth[window:] -= smooth[:-window].copy()
@@ -1299,12 +1314,14 @@ def test_run_judge(cfg):
     if not cfg.eval_prompts:
         return
     prompts, _ = evaluation_prompts(cfg)
+    # The scheduler's own number of timesteps, without loading the model
     try:
         files = {"subfolder": "scheduler", "revision": cfg.revision}
         scheduler_config = DDIMScheduler.load_config(cfg.model, **files)
     except Exception:  # common.Models says what is wrong with --model
         scheduler_config = {}
     check_sampling_steps("--eval_steps", cfg.eval_steps, scheduler_config)
+    # The judge on a blank image of the right size, with a caption that it will meet
     if cfg.judge:
         blank = Image.new("RGB", (cfg.resolution, cfg.resolution))
         load_scorer(cfg.judge)([blank], prompts[:1])
@@ -1318,6 +1335,7 @@ def final_evaluation(cfg):
     if not cfg.eval_prompts:
         return
     prompts, each = evaluation_prompts(cfg)
+    # The micro-batch is the preset's here: memory for sampling has nothing to do with training's.
     shared = ("model", "variant", "revision", "vae", "cfg", "seed", "precision", "out", "cache")
     config = Config(
         **{name: getattr(cfg, name) for name in shared},
@@ -1384,8 +1402,10 @@ PRESETS = {
 }
 
 
-def wanted_scorers(names, paths):
-    """--scorers and --scorer_paths -> {name: {part: place}}."""
+def wanted_scorers(names, paths, median_by=None):
+    """--scorers and --scorer_paths -> {name: {part: place}}. InputError for names that are unknown,
+    judges that are missing, and a --median_by that is none of them."""
+    # --scorers: NAME, NAME=PATH, or a judge
     wanted = {}
     paths = list(paths or [])
     for item in names.split(","):
@@ -1394,6 +1414,7 @@ def wanted_scorers(names, paths):
         if "=" in item and not is_judge:
             paths.append(item)
         wanted[item if is_judge else item.partition("=")[0]] = {}
+    # NAME=PATH is about the first part, NAME.PART=PATH about any.
     for item in paths:
         key, _, path = item.partition("=")
         name, _, part = key.rpartition(".")
@@ -1404,6 +1425,17 @@ def wanted_scorers(names, paths):
             text = f"NAME=PATH or NAME.PART=PATH with a NAME of {', '.join(SCORERS)}"
             raise InputError(f"{item} is not {text}")
         wanted.get(name, {})[part] = path
+    # What can be wrong with the names is refused before anything is loaded.
+    for name, parts in wanted.items():
+        if name in SCORERS:
+            scorer_files(name, parts)
+        else:
+            load_scorer(name)
+    short = [short_name(name) for name in wanted]
+    if len(set(short)) < len(short):
+        raise InputError(f"two judges have one name: {', '.join(short)}")
+    if median_by and median_by not in short:
+        raise InputError(f"--median_by {median_by} is not one of {', '.join(short)}")
     return wanted
 
 
@@ -1429,6 +1461,7 @@ def find_runs(model, dist_info):
     was spelled then and now."""
     found = []
     for file in sorted(Path("runs").glob("*/config.json")):
+        # Other things may lie there too: what is no run is named and passed over.
         try:
             trained = json.loads(file.read_text())["model"]
             if os.path.realpath(trained) == os.path.realpath(model):
@@ -1447,6 +1480,7 @@ def score_data(cfg, wanted, dist_info):
     result = Path(cfg.scores_out)
     if result.is_dir() or result.resolve() == Path(cfg.data).resolve():
         raise InputError(f"--scores_out {result} is --data itself or a folder: name another file")
+    # Nothing is touched before the set is open and the scorer has worked once.
     cfg = dataclasses.replace(cfg, cache=cfg.cache or cfg.out)
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
     name, path = next(iter(wanted.items()))
@@ -1460,7 +1494,6 @@ def score_data(cfg, wanted, dist_info):
 
 def compare_folders(cfg, prompts, wanted, dist_info):
     """Compare images that were made elsewhere."""
-    check_comparison(cfg, prompts, wanted)
     files = {Path(folder).resolve().name: read_images(folder, prompts) for folder in cfg.images}
     counts = {len(table[0]) for table in files.values()}
     if len(files) < len(cfg.images) or len(counts) > 1:
@@ -1475,17 +1508,21 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, argv)
     dist_info = common.init_distributed()
     common.check_ranges(cfg)
-    wanted = wanted_scorers(cfg.scorers, cfg.scorer_paths)
+    wanted = wanted_scorers(cfg.scorers, cfg.scorer_paths, cfg.median_by)
     result = Path(cfg.scores_out) if cfg.scores_out else Path(cfg.out) / "scores.json"
     if result.exists() and not (cfg.resume or cfg.overwrite):
         raise InputError(f"{result} exists: --overwrite replaces it, another name keeps both")
     common.barrier()  # nobody writes before all have looked
+
+    # Score a pair set, compare images made elsewhere, or draw and compare.
     if cfg.data or cfg.scores_out:
         return score_data(cfg, wanted, dist_info)
     prompts = []
     for path in cfg.prompts or ():
         prompts += common.read_prompts(path, cfg.prompt_column)
     prompts = prompts[: cfg.max_prompts]
+    if not prompts:
+        raise InputError("there are no prompts: --prompts gave none")
     if cfg.images:
         return compare_folders(cfg, prompts, wanted, dist_info)
     if not cfg.model:

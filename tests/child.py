@@ -46,12 +46,12 @@ def run_in_child(name, flags, log, kill_at, limit, ignore_interrupt, environment
     os.setsid()
     os.chdir(Path(log).parent)  # the server's working folder is the one that the tests were started in
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignore_interrupt else signal.default_int_handler)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.umask(int(environment.pop("UMASK", "0022"), 8))
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout = open(1, "w", buffering=1)
     sys.stderr = open(2, "w", buffering=1)
-    os.umask(int(environment.pop("UMASK", "0022"), 8))
     os.environ.update(environment)
     import common
     import torch
