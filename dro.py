@@ -460,9 +460,8 @@ def choose_experts(cfg, dist_info, table, scores):
     items = [int(scores[f"key_{side}"][row]) for row, side, _ in best]
     name = common.content_key(str([*items, *(value for _, _, value in best)]).encode())
     file = Path(cfg.cache) / "experts" / f"{name:+x}.parquet"
-    if dist_info.is_main and not file.exists():
-        write_experts(cfg, table, scores, best, file)
     if dist_info.is_main:
+        write_experts(cfg, table, scores, best, file)
         text = f"{len(best)} experts, scored {best[-1][2]:.4g} to {best[0][2]:.4g}"
         print(f"{text}: {Path(cfg.out) / 'experts.parquet'}", flush=True)
     common.barrier()
@@ -482,10 +481,8 @@ def write_experts(cfg, table, scores, best, file):
                 continue
             key = common.item_key(common.image_key(row[name]), common.caption_key(row["caption"]))
             if key != scores[f"key_{side}"][number]:
-                text = (
-                    f"--scores {cfg.scores} was made from other rows than --data: see row {number}"
-                )
-                raise common.InputError(text)
+                text = f"row {number} is not the one that was scored: the set has changed"
+                raise common.InputError(f"--data {cfg.data}: {text}")
             score = wanted[number, side]
             found[number, side] = {"caption": row["caption"], "image": row[name], "score": score}
     file.parent.mkdir(parents=True, exist_ok=True)

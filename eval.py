@@ -64,8 +64,11 @@ def win_rate(a, b, seed=0):
         shapes = f"{a.shape} and {b.shape}"
         raise ValueError(f"win_rate wants two finite tables (P,) or (P, N), not {shapes}")
 
-    # The bootstrap resamples whole prompts: N images of one prompt are no independent evidence.
+    # A comparison gives A one point for a win and half a point for a tie: two models that are the
+    # same have 50 %, not 0 %.
     points = ((a > b) + 0.5 * (a == b)).reshape(len(a), -1).mean(1)  # (P,) in [0, 1]
+
+    # The bootstrap resamples whole prompts: N images of one prompt are no independent evidence.
     # Drawing P prompts with replacement is the same as drawing how often each distinct value of
     # `points` occurs. That is a multinomial, and much cheaper.
     distinct, counts = np.unique(points, return_counts=True)
@@ -86,16 +89,19 @@ def win_rate(a, b, seed=0):
 # loaded into transformers' modules by renaming the keys, so that no other package is needed.
 # Each table holds (regular expression, replacement), applied to a key from top to bottom.
 OPEN_CLIP_TO_CLIP = (
+    # transformer layers
     (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
     (r"^transformer\.resblocks", "text_model.encoder.layers"),
     (r"\.ln_(\d)\.", r".layer_norm\1."),
     (r"\.attn\.", ".self_attn."),
     (r"\.mlp\.c_fc", ".mlp.fc1"),
     (r"\.mlp\.c_proj", ".mlp.fc2"),
+    # embeddings
     (r"^visual\.(positional|class)_embedding", r"vision_model.embeddings.\1_embedding"),
     (r"^(token|positional)_embedding", r"text_model.embeddings.\1_embedding"),
     (r"positional_embedding", "position_embedding.weight"),
     (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    # the norms around the layers, and the projections into the common space
     (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),  # so transformers spells it
     (r"^visual\.ln_post", "vision_model.post_layernorm"),
     (r"^ln_final", "text_model.final_layer_norm"),
@@ -163,7 +169,6 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
     from transformers import CLIPConfig, CLIPModel
 
     weights = select_weights(state_dict, renames=OPEN_CLIP_TO_CLIP)
-    # What renaming alone does not mend:
     # Query, key and value are one tensor in open_clip.
     for key in [key for key in weights if ".in_proj_" in key]:
         for letter, piece in zip("qkv", weights.pop(key).chunk(3)):
@@ -339,8 +344,8 @@ class Scorer:
 
 @contextmanager
 def exact_fp32():
-    """Without TF32, which common.init_distributed allows: with its 10 bits a PickScore is off in
-    the third or fourth digit, which is where the images of a pair differ."""
+    """Without TF32, which common.init_distributed allows for the training: it keeps 10 bits of each
+    factor, and the two images of a pair may differ by less."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -546,6 +551,8 @@ class ImageRewardScorer(Scorer):
         return self.model(pixels, words.input_ids, words.attention_mask)
 
 
+# Where the published weights are: hub repositories, files OWNER/REPOSITORY/FILE, addresses. Nothing
+# is downloaded before it is used.
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L = "openai/clip-vit-large-patch14"
@@ -662,6 +669,7 @@ def pair_scores(cfg, table, dist_info):
     kept = Path(cfg.out) / "scores.safetensors"
     if cfg.scores:
         return load_scores(cfg.scores)
+    # A run keeps the scores that it began with, even if the reward model has changed since.
     if cfg.resume and kept.exists():
         return load_scores(kept)
     score = load_reward(cfg.reward, cfg.reward_processor, dist_info.device)
@@ -763,6 +771,7 @@ def write_scores(path, scores, scorer, unit, data):
 
 def load_scores(path):
     """A scores file -> what `score_pairs` returned. InputError if it is none."""
+    # Another program may have made it, so nothing about it is taken for granted.
     scores = {}
     try:
         with safe_open(path, "pt") as file:
@@ -781,6 +790,7 @@ def load_scores(path):
 # ---------------------------------------------------------------------------------- 5. images
 # Latents are not confined to [-1, 1]: they are never clipped, whatever a scheduler's config says.
 SCHEDULERS = {
+    # deterministic; adds noise at every step; a second-order solver that needs about 20 steps
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
@@ -816,18 +826,21 @@ def latent_size(pipe):
 def load_comparison_unet(pipe, path):
     """The UNet that stands in for the pipeline's own, in its dtype; path None: the pipeline's own.
 
-    path: a run's folder, its unet/, a hub repository, or a folder with a LoRA, which is merged into
-    a copy of the pipeline's UNet. InputError if it cannot be loaded, or its sizes differ.
+    path: a run's folder, its unet/ or lora/, or a hub repository. A LoRA is merged into a copy of
+    the UNet that it was trained on. InputError if it cannot be loaded, or its sizes differ.
     """
     own = pipe.unet
     if path is None:
         return own
-    folders = [Path(path), Path(path) / "unet"]
+    folders = [Path(path), Path(path) / "lora"]
     lora = next((folder for folder in folders if (folder / LORA_FILE).is_file()), None)
+    # A whole UNet
     if lora is None:
         return common.load_unet(path, own).to(own.dtype)
-    # Merged in fp32: a small update would round away in half precision.
-    pipe.unet = copy.deepcopy(own).float()
+    # A LoRA, of the pipeline's UNet or of the run's --unet. diffusers merges into the pipeline that
+    # it is given, so that has the copy for as long; in fp32, where a small update is not lost.
+    start = (common.read_run_config(lora.parent) or {}).get("unet")
+    pipe.unet = common.load_unet(start, own) if start else copy.deepcopy(own).float()
     try:
         pipe.load_lora_weights(lora, weight_name=LORA_FILE)
         pipe.fuse_lora(components=["unet"])
@@ -894,7 +907,8 @@ def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
 def sample(pipe, texts, jobs, cfg):
     """The images of a batch, as PIL. jobs: (number of the prompt, number of its image)."""
     shape = (1, pipe.unet.config.in_channels, *latent_size(pipe))
-    # Each image has a generator of its own: for its initial noise, then for what DDPM adds.
+    # Each image has a generator of its own: for its initial noise, then for the noise that DDPM
+    # adds at every step. Drawn on the CPU, it is the same on every GPU.
     generators = [common.generator(cfg.seed, "image", i, j) for i, j in jobs]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     output = pipe(
@@ -942,6 +956,7 @@ def usable_scorers(cfg, wanted, image, prompt, dist_info):
     are not there is left out of the report, and named in it. It is an error where a judge or the
     scorer of --median_by fails, or none is left.
     """
+    # Loading a scorer twice costs seconds; a missing file after a night of drawing costs the night.
     left_out = {}
     for name, path in wanted.items():
         problem = None
@@ -1062,6 +1077,7 @@ def open_image(file):
 def keep_median(scores, median_by):
     """For each prompt and model, keep only the image of median score by one scorer (the lower one
     of an even number): arXiv 2510.18353's rule. (P, N) tables become (P, 1)."""
+    # One scorer chooses, and all scorers rate its choice.
     kept = {name: {} for name in scores}
     for model, values in scores[median_by].items():
         order = np.argsort(values, axis=1, kind="stable")
@@ -1096,6 +1112,7 @@ def write_report(out, result, files):
     table = markdown(result)
     common.write_text(out / "scores.md", table)
     save_picture(draw_samples(files, result["prompts"], result["scores"]), out / "samples.png")
+    # A win rate for each scorer and pair of models
     rows = []
     for name, rates in result["win_rates"].items():
         rows += [(f"{name}: {b} over {a}", rates[b][a]) for a, b in combinations(rates, 2)]
@@ -1103,11 +1120,12 @@ def write_report(out, result, files):
         over = f"{len(result['prompts'])} prompts"
         save_picture(draw_win_rates(rows, over), out / "winrate.png")
     common.write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
-    print(f"\n{table}\nwrote {out}/scores.json, scores.md, samples.png", flush=True)
+    print(f"\n{table}\nwrote {out}/scores.json, scores.md and the pictures", flush=True)
 
 
 def markdown(result):
     """The report as a Markdown table, then what its numbers are and how they were made."""
+    # The means, then the win rates over each model further up
     lines = [
         "| scorer | model | mean ± s.e. | median | win rate (95 %) | ties |",
         "|---|---|---|---|---|---|",
@@ -1116,7 +1134,6 @@ def markdown(result):
         for model, s in summary.items():
             numbers = f"{s['mean']:.4f} ± {s['standard_error']:.4f} | {s['median']:.4f}"
             lines.append(f"| {scorer} | {model} | {numbers} | | |")
-            # Against each model above it
             for other in list(summary)[: list(summary).index(model)]:
                 rate = result["win_rates"][scorer][model][other]
                 numbers = f"{in_percent(rate)} | {rate['tie']:.1%}"
@@ -1159,7 +1176,7 @@ def draw_samples(files, prompts, scores, rows=5):
     """A sheet of images: a column for each model, the same noise in a row, the caption below. As
     many such blocks as fit stand side by side.
 
-    files: {model: image files (P)(N)}; scores: {scorer: {model: (P)(N)}}, the first one's are shown.
+    files: {model: image files (P)(N)}; scores: {scorer: {model: (P)(N)}}, the first's are shown.
     """
     scorer = next(iter(scores), None)
     # The size of an image on the sheet
@@ -1180,6 +1197,7 @@ def draw_samples(files, prompts, scores, rows=5):
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for k, prompt in enumerate(shown):
+        # Caption, images of all models, and their scores; the models' names once, on top
         x = k % across * block + 12
         y = k // across * line + 30
         write(draw, (x, y + h + 20), prompt, 15, block - 18)
@@ -1275,13 +1293,14 @@ def draw_curve(draw, frame, name, steps, values):
     # A few outliers would flatten everything else: they are cut off at the frame.
     low, high = np.quantile(values, [0.01, 0.99])
     pad = max(0.1 * (high - low), 0.01 * abs(high), 1e-6)
-    low -= pad
+    low = max(low - pad, min(values.min(), 0))  # no negative norms
     high += pad
 
     def y_of(value):
         fraction = (np.clip(value, low, high) - low) / (high - low)
         return bottom - (bottom - top) * fraction
 
+    # From back to front: healthy range, frame, curves, then the text around
     x = left + (right - left) * steps / max(1, steps[-1])
     if name in HEALTHY:
         smallest, largest = HEALTHY[name]
@@ -1299,6 +1318,8 @@ def draw_curve(draw, frame, name, steps, values):
 # -------------------------------------------------------------------------------- 8. training
 def evaluation_prompts(cfg):
     """(prompts, images of each) for a run's --eval_prompts images of each model."""
+    # With fewer prompts than images, each prompt gets several: 256 images of 128 prompts are two
+    # of each, and 200 images are two of the first 100.
     prompts = common.read_prompts(cfg.prompts)
     if not prompts:
         raise InputError(f"--prompts {cfg.prompts} holds no prompt")
@@ -1343,13 +1364,15 @@ def final_evaluation(cfg):
         steps=cfg.eval_steps,
         micro_batch=PRESETS[cfg.preset].get("micro_batch", Config.micro_batch),
     )
-    unets = {"initial": cfg.unet, "trained": f"{cfg.out}/unet"}
+    trained = Path(cfg.out) / ("lora" if cfg.lora else "unet")
+    unets = {"initial": cfg.unet, "trained": str(trained)}
     compare_unets(config, unets, prompts, {cfg.judge: None} if cfg.judge else {})
 
 
 # ---------------------------------------------------------------------------- 9. command line
 @dataclass
 class Config:
+    # What to draw with
     preset: str = option("tiny", "settings to start from: tiny, sd15 or sdxl; any flag overrides")
     model: str = option("", "folder or hub id of a Stable Diffusion 1.x, 2.x or XL pipeline")
     variant: str | None = option(None, "weight files to load from it, e.g. fp16")
@@ -1358,22 +1381,27 @@ class Config:
     unet: list[str] | None = option(
         None, "UNets or LoRAs, (NAME=)FOLDER or hub id; default: runs/*"
     )
+    # What to draw, or what was drawn elsewhere
     prompts: list[str] | None = option(None, ".txt (one a line), .json, .parquet or hub ID(:SPLIT)")
     prompt_column: str = option("caption", "where the prompt is in .json, .parquet and hub rows")
     max_prompts: int | None = option(None, "use only the first prompts", ">0")
     images: list[str] | None = option(None, "score these folders' images, numbered as --prompts")
+    # A pair set to score instead
     data: str | None = option(None, "score this pair set, with one scorer, into --scores_out")
     scores_out: str | None = option(None, "scores file to write, for the methods' --scores")
+    # Who judges
     scorers: str = option("pickscore", f"{','.join(SCORERS)},PATH.py:FUNCTION; NAME or NAME=PATH")
     scorer_paths: list[str] | None = option(None, "NAME=PATH or NAME.PART=PATH, not the hub's")
-    images_per_prompt: int = option(1, "images per prompt and model, each from its own noise", ">0")
     median_by: str | None = option(None, "a scorer: per prompt only its median image counts")
+    # How to draw
+    images_per_prompt: int = option(1, "images per prompt and model, each from its own noise", ">0")
     scheduler: Literal["ddim", "ddpm", "dpm"] = option("ddim", "dpm: DPM-Solver++")
     steps: int = option(50, "sampling steps", ">0")
     cfg: float = option(7.5, "guidance scale", ">=0")
     seed: int = option(0, "fixes, with the prompt's and the image's number, an image's noise")
     micro_batch: int = option(16, "images per GPU at once; the same gives the same bits", ">0")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp16", "of the pipeline")
+    # Where it goes
     out: str = option("runs/eval", "folder for the report")
     cache: str | None = option(None, "folder that keeps images and scores; default: --out")
     resume: bool = option(False, "go on in an --out that holds a report, with its images")
@@ -1405,7 +1433,7 @@ PRESETS = {
 def wanted_scorers(names, paths, median_by=None):
     """--scorers and --scorer_paths -> {name: {part: place}}. InputError for names that are unknown,
     judges that are missing, and a --median_by that is none of them."""
-    # --scorers: NAME, NAME=PATH, or a judge
+    # --scorers: NAME, NAME=PATH, or a judge, whose own path may hold a =
     wanted = {}
     paths = list(paths or [])
     for item in names.split(","):
@@ -1414,11 +1442,12 @@ def wanted_scorers(names, paths, median_by=None):
         if "=" in item and not is_judge:
             paths.append(item)
         wanted[item if is_judge else item.partition("=")[0]] = {}
-    # NAME=PATH is about the first part, NAME.PART=PATH about any.
+    # NAME=PATH is about the first part, NAME.PART=PATH about any: hpsv2.1=HPS.pt and
+    # hpsv2.1.processor=FOLDER.
     for item in paths:
         key, _, path = item.partition("=")
         name, _, part = key.rpartition(".")
-        if key in SCORERS:  # names have dots themselves: hpsv2.1
+        if key in SCORERS:  # names have dots themselves
             name = key
             part = next(iter(SCORERS[key][1]))
         if name not in SCORERS or not path:
@@ -1449,7 +1478,7 @@ def named_unets(cfg, dist_info):
         if not path or Path(item).exists():  # a path may have a = itself: runs/lr=1e-5
             path = item
             folder = Path(item).resolve()
-            name = folder.parent.name if folder.name == "unet" else folder.name
+            name = folder.parent.name if folder.name in ("unet", "lora") else folder.name
         if name in unets:
             raise InputError(f"two UNets are called {name}: give --unet ANOTHER_NAME={path}")
         unets[name] = path
@@ -1457,15 +1486,15 @@ def named_unets(cfg, dist_info):
 
 
 def find_runs(model, dist_info):
-    """The unet/ folders of the finished runs in runs/ that trained this model, however its path
-    was spelled then and now."""
+    """The unet/ or lora/ folders of the finished runs in runs/ that trained this model, however its
+    path was spelled then and now."""
     found = []
     for file in sorted(Path("runs").glob("*/config.json")):
         # Other things may lie there too: what is no run is named and passed over.
         try:
             trained = json.loads(file.read_text())["model"]
             if os.path.realpath(trained) == os.path.realpath(model):
-                found.append(file.parent / "unet")
+                found += [file.parent / "unet", file.parent / "lora"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             if dist_info.is_main:
                 text = f"warning: {file} is not a run's: {describe_error(error)}"
@@ -1509,6 +1538,7 @@ def main(argv=None):
     dist_info = common.init_distributed()
     common.check_ranges(cfg)
     wanted = wanted_scorers(cfg.scorers, cfg.scorer_paths, cfg.median_by)
+    # An earlier result is replaced on request only.
     result = Path(cfg.scores_out) if cfg.scores_out else Path(cfg.out) / "scores.json"
     if result.exists() and not (cfg.resume or cfg.overwrite):
         raise InputError(f"{result} exists: --overwrite replaces it, another name keeps both")

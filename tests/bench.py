@@ -1,362 +1,307 @@
-"""What a training step costs: `python tests/bench.py` (the tiny world), `--shape sd15 --device cuda`, ...
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step costs, the four methods side by side.
 
-A step is timed against exactly the UNet calls it makes: the same batch sizes, in the same order, the same
-ones with a gradient, replayed on random inputs right after each step, in the same process. The ratio is what
-our own code costs (data, encoding, losses, optimizer, log); 1.00 would be free. It is given by the clock and,
-on a CPU, by the process's computing time too, which other programs do not stretch; with --variants "no cache"
-the VAE and text encoder count as our own. Each case is its own process.
+    python tests/bench.py                                  the tiny world
+    python tests/bench.py --shape sd15 --micro_batch 8     SD1.5's shapes, random weights, on a GPU
+    python tests/bench.py --shape sdxl --count             memory by counting: no GPU needed
 
-UNet calls a row are counted and held against the formula: a forward counts 1, its backward 2 (3 with gradient
-checkpointing). sd15 and sdxl are random weights of the true shapes on random images: speed and memory do not
-depend on the values.
+Further flags go to the method files. Each method runs in a process of its own.
+
+    UNet calls   sample-forwards a row (backwards not counted), and what the equations ask for
+    over calls   a step's time over that of its bare UNet calls: the same batch sizes in the same
+                 order, the same ones with a gradient, repeated on random inputs right after it.
+                 What is above 1 is our own code: data, noise, losses, optimizer, log
+    over full    a step's time over that of as many sample-forwards, with and without gradient, in
+                 calls of the full micro-batch: what batches that shrink cost comes on top
+    rows/s       pairs (DPO, SmPO), winners (SFT) or experts (DRO), of the whole step
+    memory       GiB: peak of the process; on a GPU, of what was allocated there
+
+Both ratios are given by the clock and, on a CPU, by the process's computing time too, which other
+programs do not stretch. Speed and memory do not depend on the weights' values.
 """
 
 import argparse
+from dataclasses import dataclass
 import json
 import os
-import resource
+from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import time
-import weakref
-from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench_memory import METHODS, make_unet, print_count
+import common
+import dro
+import eval as evaluation
+import smpo
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+WARM_UP = 2  # steps that are not counted: memory, kernels' choice, compilation
 
-import common  # noqa: E402
-import dpo_baseline  # noqa: E402
-import dro  # noqa: E402
-import smpo  # noqa: E402
-
-METHODS = {"sft": dpo_baseline, "dpo": dpo_baseline, "smpo": smpo, "dro": dro}
-VARIANTS = {
-    "": [], "compile": ["--compile", "1"], "channels_last": ["--channels_last", "1"],
-    "checkpointing": ["--checkpointing", "1"], "no cache": ["--cache", ""],
-}  # fmt: skip
-
-# glibc gives freed pages back to the system, for the next step to fault in again (DPO: 40 MB a step). A
-# replay right after a step finds them still there. That is the allocator's cost, not our code's: none here.
+# glibc gives freed pages back to the system, and the next step faults them in again (DPO: 40 MB a
+# step). Calls that are repeated right after a step find them still there. That is the allocator's
+# cost and not our code's, so nothing is given back here.
 KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
-COUNTED = {
-    "sd15": [(8, "adamw", True), (2, "adamw", False)],
-    "sdxl": [(2, "adafactor", True), (2, "adamw", True)],
-}  # fmt: skip
 
 
-def formula(method, rows_t, T, n, S):
-    """UNet sample-forwards a row that METHODS' equations ask for, backward not counted; rows_t: drawn t."""
-    if method == "sft":
-        return 1
-    if method == "dpo":
-        return 4  # winner and loser under the trained and the reference UNet
-    if method == "smpo":
-        steps = torch.ceil(rows_t * n / T).clamp(min=1)
-        return 4 + 2 * 2 * steps.mean().item()  # two images, two calls an inversion step
-    return 4 + (S - rows_t // (T // S)).float().mean().item()  # the step that meets t is the last
+# ------------------------------------------------------------------------------- timing a step
+@dataclass
+class Call:
+    """One call of a UNet: what is needed to make it again on random inputs."""
+
+    unet: object
+    grad: bool
+    x: torch.Size
+    cond: dict  # name -> (shape, dtype)
+
+    def inputs(self, n, device):
+        """Random inputs for a batch of n."""
+        cond = {}
+        for name, (shape, dtype) in self.cond.items():
+            cond[name] = torch.randn(n, *shape[1:], device=device, dtype=dtype)
+        t = torch.full((n,), 500, device=device)
+        return torch.randn(n, *self.x[1:], device=device), t, cond
 
 
-class Bench:
-    """Steps in between Run.update and Run.update: records the UNet calls, then replays them."""
+class RecordingModels(common.Models):
+    """Notes every call of a UNet."""
 
-    def __init__(self, device):
-        self.device, self.calls, self.step, self.bare, self.started = device, [], [], [], None
-        self.forwards, self.example = [], None  # sample-forwards a step, a backward as 2; models and shapes
+    plain_predict = common.Models.predict
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        self.recorded = []
+
+    def predict(self, unet, xt, t, cond):
+        shapes = {name: (value.shape, value.dtype) for name, value in cond.items()}
+        self.recorded.append(Call(unet, torch.is_grad_enabled(), xt.shape, shapes))
+        return super().predict(unet, xt, t, cond)
+
+    def repeat(self, call, inputs):
+        with torch.set_grad_enabled(call.grad):
+            out = self.plain_predict(call.unet, *inputs)
+        if call.grad:
+            out.square().mean().backward()
+
+
+class TimingTrainer(common.Trainer):
+    """Times each step, and right after it the same UNet calls twice: as they were, and in full
+    micro-batches."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        TimingTrainer.last = self
+        self.times = []  # of each step: (3: step, bare calls, full calls; 2: clock, computing)
+        self.asked = []  # of each step: UNet calls a row that the equations ask for
+        self.started_at = self.now()
 
     def now(self):
-        """Seconds on the clock and, without a GPU, of this process's computing: the first suffers from what
-        else the machine does."""
-        if self.device.type == "cuda":
+        """Seconds on the clock, and of this process's computing (on a GPU the clock's too)."""
+        if self.models.device.type == "cuda":
             torch.cuda.synchronize()
             return torch.tensor([time.perf_counter()] * 2, dtype=torch.float64)
         return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
-    def install(self):
-        predict, update, bench = common.Models.predict, common.Run.update, self
+    def optimizer_step(self):
+        numbers = range(self.step * self.cfg.batch, (self.step + 1) * self.cfg.batch)
+        super().optimizer_step()
+        step = self.now() - self.started_at
+        calls = self.models.recorded
+        bare = self.time_of([(call, call.x[0]) for call in calls])
+        full = torch.zeros_like(bare)
+        largest = max(call.x[0] for call in calls)
+        for grad in (False, True):
+            alike = [call for call in calls if call.grad == grad]
+            if alike:
+                batches = sum(call.x[0] for call in alike) / largest
+                full += batches * self.time_of([(alike[-1], largest)])
+        self.times.append(torch.stack([step, bare, full]))
+        t = torch.stack([self.samples.draw(number)[0] for number in numbers])
+        self.asked.append(asked_calls(self.cfg, t, len(self.models.alpha_bar)))
+        self.models.recorded = []
+        self.optimizer.zero_grad()
+        self.started_at = self.now()
 
-        def recorded(models, unet, xt, t, cond):
-            shapes = {k: v.shape for k, v in cond.items()}
-            bench.calls.append((unet, xt.shape, shapes, torch.is_grad_enabled()))
-            bench.example = models, xt.shape, shapes
-            return predict(models, unet, xt, t, cond)
-
-        def timed(run):
-            update(run)
-            end = bench.now()
-            if bench.started is not None:
-                bench.step.append(end - bench.started)
-            calls, bench.calls = bench.calls, []
-            bench.forwards.append(sum(shape[0] * (3 if grad else 1) for _, shape, _, grad in calls))
-            inputs = [(unet, torch.randn(shape, device=bench.device), torch.full((shape[0],), 500),
-                       {k: torch.randn(s, device=bench.device) for k, s in cond.items()}, grad)
-                      for unet, shape, cond, grad in calls]  # fmt: skip
-            before = bench.now()
-            for unet, x, t, cond, grad in inputs:
-                with torch.set_grad_enabled(grad):
-                    out = predict(run.models, unet, x, t, cond)
-                if grad:
-                    out.square().mean().backward()
-            if bench.started is not None:
-                bench.bare.append(bench.now() - before)
-            run.optimizer.zero_grad()
-            bench.started = bench.now()
-
-        common.Models.predict, common.Run.update = recorded, timed
+    def time_of(self, calls):
+        """The time of (call, batch size) after (call, batch size), on random inputs."""
+        inputs = [call.inputs(n, self.models.device) for call, n in calls]
+        before = self.now()
+        for (call, _), values in zip(calls, inputs):
+            self.models.repeat(call, values)
+        return self.now() - before
 
 
-def random_pipeline(shape, folder):
-    """A pipeline folder with random weights of SD1.5's or SDXL's true shapes, fp16 on the disk."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+def asked_calls(cfg, t, T):
+    """UNet sample-forwards a row, backwards not counted; t (B,): the rows' timesteps."""
+    if isinstance(cfg, dro.Config):
+        rollout = (cfg.rollout_steps - t // (T // cfg.rollout_steps)).float().mean().item()
+        fresh = cfg.refresh_every == 1 and not cfg.buffer
+        return rollout + (
+            3 if fresh else 4
+        )  # reference on both, trained UNet on the expert or both
+    if isinstance(cfg, smpo.Config) and cfg.inversion != "none":
+        n = cfg.inversion_steps
+        if cfg.inversion == "release":  # steps onto 1 + T/n, 1 + 2T/n, ...; at t = 0, 1 onto 1
+            steps = torch.ceil((t - 1) * n / T).clamp(1, n - 1)
+        else:
+            steps = torch.ceil(t * n / T).clamp(min=1)
+        refined = steps if cfg.inversion != "paper" else torch.ones_like(steps)
+        return 4 + 2 * (steps + cfg.renoise * refined).mean().item()  # two images a row
+    return 1 if getattr(cfg, "sft", False) else 4
+
+
+def run_case(method, shape, steps, folder, more):
+    """One method in this process -> its row of the table."""
+    common.Models = RecordingModels
+    common.Trainer = TimingTrainer
+    out = folder / f"out-{method}"
+    flags = ["--steps", str(steps + WARM_UP), "--save_every", "1000000", "--eval_prompts", "0"]
+    flags += ["--out", str(out), "--overwrite", "--cache", str(folder / "cache")]
+    if shape != "tiny":
+        flags += [
+            "--preset",
+            shape,
+            "--model",
+            str(folder / shape),
+            "--vae",
+            str(folder / shape / "vae"),
+        ]
+        flags += ["--data", str(folder / f"{shape}.parquet")]
+        flags += ["--batch", str(METHODS[method].PRESETS[shape]["micro_batch"])]
+    if shape != "tiny" and method in ("smpo", "dro"):
+        flags += ["--scores", str(folder / f"{shape}.safetensors")]
+    if method == "sft":
+        flags += ["--sft"]
+    METHODS[method].main([*flags, *more])
+
+    trainer = TimingTrainer.last
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    made = sum(line["unet_calls"] for line in log) / len(log)
+    asked = sum(trainer.asked) / len(trainer.asked)
+    times = torch.stack(trainer.times[WARM_UP:])
+    ratios = times[:, :1] / times[:, 1:]  # (steps; bare, full; clock, computing)
+    (clock, computing), (full_clock, full_computing) = ratios.median(0).values.tolist()
+    low, high = ratios[:, 0, 1].quantile(torch.tensor([0.25, 0.75]).double()).tolist()
+    cells = [
+        method,
+        f"{made:.2f}, {asked:.2f}",
+        f"{clock:.3f}, {computing:.3f} ({low:.3f} to {high:.3f})",
+        f"{full_clock:.3f}, {full_computing:.3f}",
+        f"{trainer.cfg.batch / times[:, 0, 0].median().item():.2f}",
+        f"{log[-1]['memory_gb']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+# ------------------------------------------------------------------------------- random models
+def make_pipeline(shape, folder):
+    """A pipeline with random weights of the true shapes, in fp16 on the disk."""
+    import diffusers
+    import transformers
 
     torch.manual_seed(0)
+    tiny = common.TINY / "model"
     words = {"subfolder": "tokenizer", "model_max_length": 77}
-    tokenizer = CLIPTokenizer.from_pretrained(common.TINY / "model", **words)
-    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                          num_attention_heads=12, vocab_size=49408, **ids)  # fmt: skip
-    parts = {
-        "vae": AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-            force_upcast=False,
-        ),
-        "scheduler": DDIMScheduler.from_pretrained(common.TINY / "model", subfolder="scheduler"),
-        "tokenizer": tokenizer, "text_encoder": CLIPTextModel(text), "unet": unet_of(shape),
-    }  # fmt: skip
-    kind = StableDiffusionPipeline
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny, **words)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+
+    def text_encoder(kind, width, layers):
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+        heads = {"num_hidden_layers": layers, "num_attention_heads": width // 64}
+        return kind(transformers.CLIPTextConfig(vocab_size=49408, **sizes, **heads, **ids))
+
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        force_upcast=False,
+    )
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tiny, subfolder="scheduler")
+    first = text_encoder(transformers.CLIPTextModel, 768, 12)
+    unet = make_unet(shape)
+    parts = {"vae": vae, "unet": unet, "text_encoder": first, "tokenizer": tokenizer}
     if shape == "sdxl":
-        kind, big = StableDiffusionXLPipeline, CLIPTextConfig(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-            projection_dim=1280, vocab_size=49408, **ids,
-        )  # fmt: skip
-        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModelWithProjection(big)}
+        second = text_encoder(transformers.CLIPTextModelWithProjection, 1280, 32)
+        more = {"text_encoder_2": second, "tokenizer_2": tokenizer}
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, **more, scheduler=scheduler)
     else:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
-        if name in parts:
-            parts[name] = parts[name].half()
-    kind(**parts).save_pretrained(folder)
-    return str(folder)
+        none = {"safety_checker": None, "feature_extractor": None}
+        pipe = diffusers.StableDiffusionPipeline(
+            **parts, **none, scheduler=scheduler, requires_safety_checker=False
+        )
+    pipe.to(torch.float16).save_pretrained(folder)
 
 
-def unet_of(shape):
-    """The UNet of stable-diffusion-v1-5 or stable-diffusion-xl-base-1.0, by its published configuration."""
-    from diffusers import UNet2DConditionModel
-
-    if shape == "sd15":
-        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20], use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-
-
-def random_pairs(path, side, count=16):
+def make_pairs(path, side, count=16):
     """Pairs of noise images in Pick-a-Pic's columns, and a file of random scores beside them."""
-    import io
-
     from datasets import Dataset
+    import io
     from PIL import Image
 
-    def jpeg(i):
-        pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(i))
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.byte().numpy()).save(buffer, "JPEG")
-        return buffer.getvalue()
-
-    rows = [{"caption": f"a red star {i}", "jpg_0": jpeg(2 * i), "jpg_1": jpeg(2 * i + 1),
-             "label_0": float(i % 2)} for i in range(count)]  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    rows = [{"caption": f"a red star {i}", "label_0": float(i % 2)} for i in range(count)]
+    scores = {}
+    for k in (0, 1):
+        scores[f"score_{k}"] = torch.randn(count, generator=random)
+        keys = []
+        for row in rows:
+            pixels = torch.randint(256, (side, side, 3), generator=random)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.byte().numpy()).save(buffer, "JPEG")
+            row[f"jpg_{k}"] = buffer.getvalue()
+            image_key = common.image_key(row[f"jpg_{k}"])
+            keys.append(common.item_key(image_key, common.caption_key(row["caption"])))
+        scores[f"key_{k}"] = torch.tensor(keys)
     Dataset.from_list(rows).to_parquet(path)
-    scores = {f"score_{k}": torch.randn(count, generator=torch.Generator().manual_seed(k)) for k in (0, 1)}
-    keys = {f"key_{k}": torch.tensor([common.item_key(r, f"jpg_{k}") for r in rows]) for k in (0, 1)}
-    metadata = {"scorer": "random", "unit": "none", "data": common.sha256(common.hash_rows(rows))}
-    common.write(path.with_name("scores.safetensors"), scores | keys, metadata)
+    evaluation.write_scores(path.with_suffix(".safetensors"), scores, "random", "none", path)
 
 
-def matmul_rate(device):
-    """bf16 multiply-adds a second that this chip reaches on a large product, times 2: FLOP/s."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    for repeats in (3, 20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ a
-        torch.cuda.synchronize()
-    return 2 * 8192**3 * repeats / (time.perf_counter() - start)
+# ------------------------------------------------------------------------------- the command
+def parse_arguments():
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
+    parser.add_argument("--shape", choices=["tiny", "sd15", "sdxl"], default="tiny")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--measured_steps", type=int, default=12)
+    parser.add_argument("--folder", type=Path, help="of random models and runs; else temporary")
+    parser.add_argument("--count", action="store_true", help="count memory with fake tensors")
+    parser.add_argument("--case", choices=METHODS, help=argparse.SUPPRESS)
+    return parser.parse_known_args()
 
 
-def flops_of(models, shape, cond):
-    """FLOP of one sample's forward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    x = torch.randn(1, *shape[1:], device=models.device)
-    cond = {k: torch.randn(1, *s[1:], device=models.device) for k, s in cond.items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        models.predict(models.unet, x, torch.tensor([500]), cond)
-    return counter.get_total_flops()
-
-
-def case(method, variant, shape, steps, folder, more):
-    """One case, in this process: a line of the table as a dict."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench, folder, more = Bench(device), Path(folder), list(more)
-    flags = ["--out", str(folder / "out"), "--overwrite", "1", "--eval_prompts", "0"]
-    flags += ["--save_every", "100000", "--steps", str(steps), "--cache", str(folder / "cache"), *more]
-    if shape != "tiny":
-        model, data = folder / shape, folder / "pairs.parquet"
-        side = 512 if shape == "sd15" else 1024
-        if not model.exists():
-            random_pipeline(shape, model)
-            random_pairs(data, side)
-        flags += ["--preset", shape, "--model", str(model), "--data", str(data), "--workers", "0"]
-        flags += ["--scores", str(folder / "scores.safetensors")] if method != "sft" else []
-        flags += ["--experts", "16"] if method == "dro" else []
-        if "--batch" not in more:
-            flags += ["--batch", str(METHODS[method].PRESETS[shape]["micro_batch"])]
-    flags += ["--sft", "1"] if method == "sft" else []
-    flags += VARIANTS[variant]
-    drawn, get = [], common.Samples.__getitem__
-
-    def watched(samples, k):  # the t that the formula needs
-        item = get(samples, k)
-        drawn.append(item["t"])
-        return item
-
-    common.Samples.__getitem__ = watched
-    bench.install()
-    METHODS[method].main(flags)
-    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
-    counted = sum(line["unet_calls"] for line in log) / len(log)
-    t, T = torch.stack(drawn), 1000
-    config = json.loads((folder / "out" / "config.json").read_text())
-    t = config.get("min_t", 0) + t * (T - config.get("min_t", 0)) // T
-    expected = formula(method, t, T, config.get("inversion_steps"), config.get("rollout_steps"))
-    skip = 2  # compilation, caches
-    step, bare = (torch.stack(v[skip:]) for v in (bench.step, bench.bare))
-    ratio, computing = (step / bare).unbind(1)
-    step = step[:, 0]
-    result = {
-        "method": method, "variant": variant, "calls": counted, "formula": expected,
-        "ratio": ratio.median().item(), "computing": computing.median().item(),
-        "low": computing.quantile(0.25).item(), "high": computing.quantile(0.75).item(),
-        "rows_per_s": config["batch"] / step.median().item(), "step": step.median().item(),
-        "waiting": sum(line["waiting"] for line in log[skip:]) / len(log[skip:]),
-        "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "batch": config["batch"],
-    }  # fmt: skip
-    if device.type == "cuda":
-        result["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        result["device"] = torch.cuda.get_device_name()
-        forwards = torch.tensor(bench.forwards[skip + 1 :]).float().mean().item()
-        result["of_matmul"] = flops_of(*bench.example) * forwards / result["step"] / matmul_rate(device)
-    return result
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors alive, and their peak: what an allocator would have to hold (no fragmentation)."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes = {}
-
-    def gone(self, key):
-        self.live -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self.gone, storage._cdata)
-        return out
-
-
-def count_memory(shape, samples, optimizer, checkpointing):
-    """Peak GiB of a training step's UNets, gradients, optimizer and activations at the true shapes, in bf16
-    autocast, from fake tensors: nothing is computed. VAE and text encoders (0.4 GB for SD1.5, 1.8 GB for
-    SDXL, in half; off the GPU with --cache) and the allocator's fragmentation come on top."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    xl = shape == "sdxl"
-    with FakeTensorMode(), LiveBytes() as memory:
-        unet, ref = unet_of(shape), unet_of(shape).requires_grad_(False)
-        for module in ref.modules():  # as common.reference_unet
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                for name, value in list(module.named_parameters(recurse=False)):
-                    small = torch.empty(value.shape, dtype=torch.bfloat16)
-                    setattr(module, name, torch.nn.Parameter(small, requires_grad=False))
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        weights = list(unet.parameters())
-        kind = common.make_optimizer(common.TrainConfig(optimizer=optimizer, lr=1e-5), weights, 1)
-        x, t = torch.randn(samples, 4, *[128 if xl else 64] * 2), torch.full((samples,), 500)
-        hidden = torch.randn(samples, 77, 2048 if xl else 768)
-        added = {"text_embeds": torch.randn(samples, 1280), "time_ids": torch.randn(samples, 6)}
-        for _ in range(2):  # the second step has the optimizer's state
-            memory.peak = 0
-            outputs = []
-            for network, grad in ((ref, False), (unet, True)):
-                with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-                    outputs.append(network(x, t, hidden, added_cond_kwargs=added if xl else None)[0].float())
-            (outputs[1] - outputs[0]).square().mean().backward()
-            kind.step()
-            kind.zero_grad()
-            del outputs
-    return memory.peak / 2**30
+def print_table(args, more, folder):
+    columns = ["UNet calls: made, asked", "over calls: clock, computing (quartiles)"]
+    columns += ["over full: clock, computing", "rows/s", "memory"]
+    print(f"| method | {' | '.join(columns)} |\n{'|---' * 6}|", flush=True)
+    for method in args.methods:
+        words = [sys.executable, __file__, "--shape", args.shape, "--folder", str(folder)]
+        words += ["--measured_steps", str(args.measured_steps), "--case", method, *more]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | KEEP_PAGES)
+        rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+        error = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(rows[0] if rows else f"| {method} | failed: {error[:200]} |", flush=True)
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shape", choices=["tiny", "sd15", "sdxl"], default="tiny")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dpo", "smpo", "dro"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[""])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--folder", help="where random pipelines are kept; a temporary one by default")
-    parser.add_argument("--count", action="store_true", help="memory by fake tensors instead: no GPU needed")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
-    args, more = parser.parse_known_args()  # more: flags of the method files
-    if args.case:
-        print("RESULT " + json.dumps(case(*args.case, args.shape, args.steps, args.folder, more)))
-        return
+    args, more = parse_arguments()
     if args.count:
-        print("| shape | pairs a micro-batch | optimizer | gradient checkpointing | peak GiB |")
-        print("|---|---|---|---|---|")
-        for pairs, optimizer, checkpointing in COUNTED[args.shape]:
-            peak = count_memory(args.shape, 2 * pairs, optimizer, checkpointing)
-            print(f"| {args.shape} | {pairs} | {optimizer} | {checkpointing} | {peak:.1f} |", flush=True)
+        print_count("sdxl" if args.shape == "sdxl" else "sd15", more)
         return
-    folder = args.folder or tempfile.mkdtemp()
-    print("| method | variant | UNet calls a row: counted, formula | step over its bare calls: clock | "
-          "computing (quartiles) | rows/s | waiting for data | peak GB |\n" + "|---" * 8 + "|")  # fmt: skip
-    for method in args.methods:
-        for variant in args.variants:
-            words = ["--shape", args.shape, "--steps", str(args.steps), "--folder", folder]
-            words = [sys.executable, __file__, *words, "--case", method, variant, *more]
-            done = subprocess.run(words, capture_output=True, text=True, env=os.environ | KEEP_PAGES)
-            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not found:
-                print(f"| {method} | {variant} | failed: {done.stderr.strip().splitlines()[-1][:200]} |")
-                continue
-            r = json.loads(found[0][7:])
-            print(f"| {method} | {variant} | {r['calls']:.2f}, {r['formula']:.2f} | {r['ratio']:.3f} | "
-                  f"{r['computing']:.3f} ({r['low']:.3f} to {r['high']:.3f}) | {r['rows_per_s']:.2f} | "
-                  f"{r['waiting']:.1%} | {r['memory_gb']:.2f} |"
-                  + (f" {r['of_matmul']:.0%} of {r['device']}'s matmul rate |" if "device" in r else ""),
-                  flush=True)  # fmt: skip
+    if args.case:
+        print(run_case(args.case, args.shape, args.measured_steps, args.folder, more))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if args.shape != "tiny" and not (folder / args.shape).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            make_pipeline(args.shape, folder / args.shape)
+            make_pairs(folder / f"{args.shape}.parquet", 512 if args.shape == "sd15" else 1024)
+        print_table(args, more, folder)
 
 
 if __name__ == "__main__":

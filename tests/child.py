@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A command of the project in a process of its own that starts in no time.
 
-Importing torch and the libraries takes seconds. A fork server does it once, and each child is a fork of
-it. The child runs what `python smpo.py ...` runs, `common.run_script(smpo.main)`, and can be killed,
-stopped or starved like any process.
-"""
+Importing torch and the libraries takes seconds. A fork server does it once, and each child is a
+fork of it. The child runs what `python smpo.py ...` runs, `common.run_script(smpo.main)`, and can
+be killed, stopped or starved like any process."""
 
 from fnmatch import fnmatch
 import importlib
@@ -44,7 +43,9 @@ context.set_forkserver_preload(PRELOAD)
 
 def run_in_child(name, flags, log, kill_at, limit, ignore_interrupt, environment):
     os.setsid()
-    os.chdir(Path(log).parent)  # the server's working folder is the one that the tests were started in
+    os.chdir(
+        Path(log).parent
+    )  # the server's working folder is the one that the tests were started in
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignore_interrupt else signal.default_int_handler)
     os.umask(int(environment.pop("UMASK", "0022"), 8))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -59,7 +60,9 @@ def run_in_child(name, flags, log, kill_at, limit, ignore_interrupt, environment
     torch.set_num_threads(1)
     if kill_at:
         sys.addaudithook(killer(*kill_at))
-    if limit:  # a file that grows beyond it fails as on a full disk, with a real error of the system
+    if (
+        limit
+    ):  # a file that grows beyond it fails as on a full disk, with a real error of the system
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -67,10 +70,10 @@ def run_in_child(name, flags, log, kill_at, limit, ignore_interrupt, environment
 
 
 def killer(event, pattern, count=1):
-    """An audit hook that kills this process, as kill -9 does, just before the count-th event whose path
-    (the new path of a rename) fits the pattern. Events: "append", the opening of a file to append to it,
-    and what Python's audit table names, such as os.rename and os.remove. So a kill hits the same moment
-    on every machine."""
+    """An audit hook that kills this process, as kill -9 does, just before the count-th event whose
+    path (the new path of a rename) fits the pattern. Events: "append", the opening of a file to
+    append to it, and what Python's audit table names, such as os.rename and os.remove. So a kill
+    hits the same moment on every machine."""
     seen = 0
 
     def hook(name, arguments):
@@ -91,10 +94,9 @@ def killer(event, pattern, count=1):
 class Child:
     """A running command: a script's name without .py, its flags, and the file for all that it says.
 
-    kill_at: see `killer`; limit: the largest file that it may write, in bytes; ignore_interrupt: start
-    with SIGINT ignored, as after a shell's "&" without job control; environment: more variables, and
-    UMASK, in octal.
-    """
+    kill_at: see `killer`; limit: the largest file that it may write, in bytes; ignore_interrupt:
+    start with SIGINT ignored, as after a shell's "&" without job control; environment: more
+    variables, and UMASK, in octal."""
 
     def __init__(
         self, name, flags, log, kill_at=None, limit=0, ignore_interrupt=False, **environment
@@ -117,8 +119,8 @@ class Child:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
     def stop_when(self, reached, timeout=120):
-        """Halt it (SIGSTOP) once reached() holds, and surely while it holds. False where the process
-        ended before it was caught at that moment."""
+        """Halt it (SIGSTOP) once reached() holds, and surely while it holds. False where the
+        process ended before it was caught at that moment."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and time.monotonic() < end:
             if reached():
@@ -131,7 +133,8 @@ class Child:
         return False
 
     def send_when(self, reached, number=signal.SIGKILL, group=False, timeout=120):
-        """Send a signal while reached() holds. Returns the exit code; 0 where the process ended before."""
+        """Send a signal while reached() holds. Returns the exit code; 0 where the process ended
+        before."""
         if self.stop_when(reached, timeout):
             self.send(number, group)
             self.send(signal.SIGCONT)

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026 the contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the tests: the repository on the path, one thread a process, and small data sets cut from the
-tiny world."""
+"""Shared by the tests: the repository on the path, one thread a process, and small data sets cut
+from the tiny world."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,8 @@ def make_set(tmp_path):
 
 @pytest.fixture
 def elsewhere(tmp_path_factory, monkeypatch):
-    """An empty working folder: a test should not depend on what lies in the one it is started in."""
+    """An empty working folder: a test should not depend on what lies in the one it is started
+    in."""
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
@@ -55,4 +56,6 @@ def alpha_bar():
 @pytest.fixture
 def log_of():
     """log_of(run folder) -> the lines of its log.jsonl."""
-    return lambda out: [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return lambda out: [
+        json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()
+    ]

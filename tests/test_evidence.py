@@ -210,6 +210,15 @@ def test_tables_and_picture(tmp_path):
     assert Image.open(tmp_path / "evidence.png").size == (1080, 630)
 
 
+def test_only_what_is_between_the_marks_is_replaced(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- evidence -->\nold\n<!-- /evidence -->\nafter\n")
+    for text in ("new\n", "newer\n"):
+        evidence.write_between_marks(file, text)
+        expected = f"before\n<!-- evidence -->\n{text}<!-- /evidence -->\nafter\n"
+        assert file.read_text() == expected
+
+
 def test_the_readme_says_what_the_results_say():
     text = evidence.README.read_text()
     _, rest = text.split("<!-- evidence -->\n")

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026 the contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs through the command line's own entry, on a few pairs of the tiny world: what is written, that
-a resume and a second process change nothing, and that bad input costs one line."""
+"""Whole runs through the command line's own entry, on a few pairs of the tiny world: what is
+written, that a resume and a second process change nothing, and that bad input costs one line."""
 
 from child import Child
 import common
@@ -49,7 +49,8 @@ def short(make_set, rows, tmp_path):
 
 @pytest.fixture
 def make_stream(make_set, rows, tmp_path):
-    """make_stream(rows, flags) -> (samples, models, cfg) of dpo_baseline.py, as its `train` makes them."""
+    """make_stream(rows, flags) -> (samples, models, cfg) of dpo_baseline.py, as its `train` makes
+    them."""
 
     def make(rows, *flags):
         data = make_set(rows, f"{common.content_key(repr(rows).encode())}.parquet")
@@ -97,7 +98,7 @@ def distance(a, b):
     return float((apart / moved).sqrt())
 
 
-# ----------------------------------------------------------------------------------- what runs write
+# ---------------------------------------------------------------------------------- what runs write
 @pytest.mark.parametrize("method", ["dpo", "smpo"])
 def test_a_run_and_its_resume(method, short, log_of):
     whole = short(method, "whole")
@@ -124,8 +125,8 @@ def test_a_run_and_its_resume(method, short, log_of):
     assert config["beta"] == METHODS[method].PRESETS["tiny"]["beta"]
     assert config["versions"]["torch"] == torch.__version__
 
-    # Stopped after two steps (the checkpoint's), then resumed; the log has lines that the checkpoint does
-    # not know.
+    # Stopped after two steps (the checkpoint's), then resumed; the log has lines that the
+    # checkpoint does not know.
     cut = short(method, "cut", "--steps", "2")
     with open(cut / "log.jsonl", "a") as file:
         file.write('{"step": 2, "loss": 9}\n{"step": 3, "lo')
@@ -136,12 +137,15 @@ def test_a_run_and_its_resume(method, short, log_of):
 
 @pytest.mark.parametrize("method", ["dpo", "dro"])
 def test_lora_and_its_resume(method, short, log_of):
-    """The adapter alone is trained, saved and resumed; with dro's --refresh_every the policy is a second
-    one."""
+    """The adapter alone is trained, saved and resumed; with dro's --refresh_every the policy is a
+    second one."""
     pytest.importorskip("peft")
     more = ["--lora", "2"]
     if method == "dro":
-        more += [*("--experts", "12", "--rollout_steps", "5"), *("--refresh_every", "2", "--buffer", "8")]
+        more += [
+            *("--experts", "12", "--rollout_steps", "5"),
+            *("--refresh_every", "2", "--buffer", "8"),
+        ]
     whole = short(method, "whole", *more)
     assert not (whole / "unet").exists()
     assert {file.name for file in (whole / "lora").iterdir()} == {
@@ -166,13 +170,13 @@ def test_the_final_evaluation_of_a_lora(short):
 
 
 def test_micro_batches_do_not_change_the_result(short, log_of):
-    """The released code is only right for micro-batch 1. Here t, levels and weights are each sample's own,
-    so the size is free."""
+    """The released code is only right for micro-batch 1. Here t, levels and weights are each
+    sample's own, so the size is free."""
     runs = [short("smpo", f"m{m}", "--micro_batch", m, "--beta", "10") for m in ("1", "8")]
-    # Kernels add in another order for other batch sizes: an error, a mean of squares around 1, is off by
-    # at most 1e-6 then (some 2^-24 for each of the 20 layers' sums). The loss takes the difference of
-    # four errors by at most beta gamma |2p - 1| / 2 = 10 * 10 * 0.46 / 2 = 23. A t, weight or level of
-    # another sample would change it by 1e-2.
+    # Kernels add in another order for other batch sizes: an error, a mean of squares around 1, is
+    # off by at most 1e-6 then (some 2^-24 for each of the 20 layers' sums). The loss takes the
+    # difference of four errors by at most beta gamma |2p - 1| / 2 = 10 * 10 * 0.46 / 2 = 23. A t,
+    # weight or level of another sample would change it by 1e-2.
     for a, b in zip(*map(log_of, runs), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=4 * 23 * 1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -180,10 +184,10 @@ def test_micro_batches_do_not_change_the_result(short, log_of):
     assert distance(*map(weights, runs)) < ADAM_TOLERANCE
 
 
-# Adam's first steps are nearly lr * sign(gradient). Where sums are formed in another order, a gradient is
-# off by about e = 4 * 2^-24 of the sum of its parts' sizes, so one in 1 / e of the weights gets another
-# sign, and goes 2 lr the other way: a distance of sqrt(4 e) = 1e-3 of the way, in each of four steps.
-# Without one of two ranks' gradients it would be 0.5 and more.
+# Adam's first steps are nearly lr * sign(gradient). Where sums are formed in another order, a
+# gradient is off by about e = 4 * 2^-24 of the sum of its parts' sizes, so one in 1 / e of the
+# weights gets another sign, and goes 2 lr the other way: a distance of sqrt(4 e) = 1e-3 of the way,
+# in each of four steps. Without one of two ranks' gradients it would be 0.5 and more.
 ADAM_TOLERANCE = 1e-2
 
 
@@ -229,10 +233,10 @@ def test_normalisers_are_the_sets_own_and_recorded(short):
     assert json.loads((given / "config.json").read_text())["reward_max"] == 30
 
 
-# ----------------------------------------------------------------------------------- what a run sees
+# ---------------------------------------------------------------------------------- what a run sees
 def expected_rows(train_rows, decodable, count, seed=0):
-    """The rows of the first samples, by the rule in plain words: each epoch is a new order; a row that
-    does not decode gives its place to the next one of the order that does."""
+    """The rows of the first samples, by the rule in plain words: each epoch is a new order; a row
+    that does not decode gives its place to the next one of the order that does."""
     rows = []
     epoch = 0
     while len(rows) < count:
@@ -357,13 +361,12 @@ TWO = {
 
 @pytest.mark.parametrize("case", TWO)
 def test_two_processes_train_like_one(case, rows, tmp_path, log_of):
-    """2 processes on gloo against 1, the same micro-batches, one thread each. dro is resumed in between:
-    each rank has its own buffers.
+    """2 processes on gloo against 1, the same micro-batches, one thread each. dro is resumed in
+    between: each rank has its own buffers.
 
     With one micro-batch for each of two ranks the results are equal to the bit: one process adds
     g_0 / 2 + g_1 / 2, DistributedDataParallel averages g_0 and g_1, and halving is exact. With two
-    for each rank, sums of four are formed in another order: see ADAM_TOLERANCE.
-    """
+    for each rank, sums of four are formed in another order: see ADAM_TOLERANCE."""
     if "lora" in case:
         pytest.importorskip("peft")
     name = METHODS[case.split(",")[0]].__name__
@@ -381,8 +384,8 @@ def test_two_processes_train_like_one(case, rows, tmp_path, log_of):
     for a, b in zip(log_of(one), log_of(two), strict=True):
         assert a["unet_calls"] == b["unet_calls"]
         for key in ("loss", "grad_norm"):
-            # As for ADAM_TOLERANCE: weights that differ by 1e-3 of their way give a loss that differs by
-            # 1e-3 of its own, which is some 0.1 from its start.
+            # As for ADAM_TOLERANCE: weights that differ by 1e-3 of their way give a loss that
+            # differs by 1e-3 of its own, which is some 0.1 from its start.
             assert a[key] == b[key] if exact else a[key] == pytest.approx(b[key], rel=1e-3)
     if exact:
         read = lora_weights if "lora" in case else weights
