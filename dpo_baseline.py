@@ -132,7 +132,7 @@ def train(cfg, dist_info):
     train_mask = table.labels != 0.5
     scores = evaluation.load_scores(cfg.scores) if cfg.scores else None
     if scores:
-        table.check_scores(scores, cfg.scores)
+        table.check_scores(scores, cfg)
         wins_0 = scores["score_0"] > scores["score_1"]
         decided = scores["score_0"] != scores["score_1"]
         train_mask &= decided & scores["score_0"].isfinite() & scores["score_1"].isfinite()
@@ -140,7 +140,7 @@ def train(cfg, dist_info):
     sides = winner[:, None] if cfg.sft else torch.stack([winner, 1 - winner], 1)
     samples = common.SampleStream(cfg, dist_info, models, table, train_mask, sides)
     if scores:
-        table.check_scores(scores, cfg.scores)  # again, now that the images have been read
+        table.check_scores(scores, cfg)  # again, now that the images have been read
 
     common.prepare_output_dir(cfg, dist_info)
     trainer = common.Trainer(cfg, dist_info, models, samples)

@@ -429,7 +429,7 @@ def open_experts(cfg, dist_info):
     if table.image_columns == common.IMAGE_COLUMNS:
         return table, None
     scores = evaluation.pair_scores(cfg, table, dist_info)
-    table.check_scores(scores, cfg.scores)
+    table.check_scores(scores, cfg)
     file = choose_experts(cfg, dist_info, table, scores)
     return common.RowTable(replace(cfg, data=str(file)), dist_info, common.IMAGE_COLUMNS), file
 

@@ -370,7 +370,7 @@ def hash_of(values):
 class Judge(Scorer):
     """PATH.py:FUNCTION(images, prompts) -> N numbers. It gets whole PIL images."""
 
-    unit = "the judge's"
+    unit = "the judge's own unit"
 
     def __init__(self, name):
         self.name = f"judge {name}"
@@ -645,7 +645,7 @@ def open_scorer(kind, name, files, device, dtype):
         score([Image.new("RGB", (64, 48))], ["a photo"])
     except Exception as error:  # pickle, safetensors and the hub raise their own
         reason = str(error) if isinstance(error, InputError) else describe_error(error)
-        places = ", ".join(dict.fromkeys(files.values()))
+        places = ", ".join(dict.fromkeys(map(str, files.values())))
         raise InputError(f"{name} ({places}) cannot be used: {reason}") from error
     return score
 
@@ -1430,9 +1430,9 @@ PRESETS = {
 }
 
 
-def wanted_scorers(names, paths, median_by=None):
-    """--scorers and --scorer_paths -> {name: {part: place}}. InputError for names that are unknown,
-    judges that are missing, and a --median_by that is none of them."""
+def wanted_scorers(names, paths):
+    """--scorers and --scorer_paths -> {name: {part: place}}. InputError for names that are unknown
+    and judges that are missing."""
     # --scorers: NAME, NAME=PATH, or a judge, whose own path may hold a =
     wanted = {}
     paths = list(paths or [])
@@ -1463,8 +1463,6 @@ def wanted_scorers(names, paths, median_by=None):
     short = [short_name(name) for name in wanted]
     if len(set(short)) < len(short):
         raise InputError(f"two judges have one name: {', '.join(short)}")
-    if median_by and median_by not in short:
-        raise InputError(f"--median_by {median_by} is not one of {', '.join(short)}")
     return wanted
 
 
@@ -1537,7 +1535,7 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, argv)
     dist_info = common.init_distributed()
     common.check_ranges(cfg)
-    wanted = wanted_scorers(cfg.scorers, cfg.scorer_paths, cfg.median_by)
+    wanted = wanted_scorers(cfg.scorers, cfg.scorer_paths)
     # An earlier result is replaced on request only.
     result = Path(cfg.scores_out) if cfg.scores_out else Path(cfg.out) / "scores.json"
     if result.exists() and not (cfg.resume or cfg.overwrite):
@@ -1553,6 +1551,9 @@ def main(argv=None):
     prompts = prompts[: cfg.max_prompts]
     if not prompts:
         raise InputError("there are no prompts: --prompts gave none")
+    names = [short_name(name) for name in wanted]
+    if cfg.median_by and cfg.median_by not in names:
+        raise InputError(f"--median_by {cfg.median_by} is not one of {', '.join(names)}")
     if cfg.images:
         return compare_folders(cfg, prompts, wanted, dist_info)
     if not cfg.model:

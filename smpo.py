@@ -185,7 +185,7 @@ def train(cfg, dist_info):
         score_0=scores["score_0"],
         score_1=scores["score_1"],
     )
-    table.check_scores(scores, cfg.scores)
+    table.check_scores(scores, cfg)
 
     common.prepare_output_dir(cfg, dist_info)
     evaluation.keep_scores(cfg, scores, table, dist_info)
