@@ -1757,7 +1757,8 @@ class RowTable:
         require_columns(self.source, (*self.columns, *self.image_columns))
         self.dist_info = dist_info
         about = f"{os.path.abspath(cfg.data)} {cfg.data} {self.image_columns}"
-        self.file = Path(cfg.cache) / "rows" / f"{content_key(about.encode()):+x}.safetensors"
+        name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
+        self.file = Path(cfg.cache) / "rows" / f"{name}.safetensors"
         unknown = f"unknown {uuid.uuid4()}"  # then it never holds at the next start
         known = self.source.fingerprint() if dist_info.is_main else None
         self.fingerprint = broadcast_from_main(known or unknown)
@@ -1816,7 +1817,7 @@ class RowTable:
         return rows[block % self.dist_info.world_size == self.dist_info.rank]
 
     def check_scores(self, scores, cfg):
-        """Refuse scores of other rows. Each item has its key; what was read of the set is compared."""
+        """Refuse scores of other rows: the key of each item that was read is compared."""
         name = f"--scores {cfg.scores}" if cfg.scores else f"the scores in {cfg.out}"
         rows, sides = self.image_keys.shape
         if len(scores["key_0"]) != rows:
@@ -2519,10 +2520,12 @@ class Trainer:
         """A checkpoint is one file, complete or not there at all; only then do older ones go."""
         extra = {}
         for name, value in self.extra_state.items():
-            is_module = isinstance(value, (torch.nn.Module, LoraView))
-            if self.dist_info.is_main or not is_module:
+            if not isinstance(value, (torch.nn.Module, LoraView)):
                 extra[name] = to_cpu(value.state_dict())
-        parts = all_gather_objects(extra) if self.extra_state else [{}]
+        parts = all_gather_objects(extra) if extra else [{}]
+        for name, value in self.extra_state.items():  # what is the same on all ranks
+            if name not in extra:
+                parts.append({name: to_cpu(value.state_dict())})
         if self.dist_info.is_main:
             state = {
                 "step": self.step,

@@ -10,9 +10,9 @@ error, the more likely the image.
     paper         here      shape
     x_0^w, x_0^l  x0        (2B, 4, h, w)  latents: winners of the micro-batch, then losers
     epsilon       eps       (2B, 4, h, w)  sampled noise; a pair shares it, like t and the caption
-    eps_theta     err       (2B,)          denoising error of the trained UNet (a mean, in fp32)
-    eps_ref       ref_err   (2B,)          the same of the frozen initial UNet
-    beta T omega  beta      float          KL strength; T and the weighting omega are part of it
+    |. - eps_theta|^2  err  (2B,)          denoising error of the trained UNet (a mean, in fp32)
+    |. - eps_ref|^2  ref_err (2B,)         the same of the frozen initial UNet
+    beta T omega  beta      float          KL strength, with T, the weighting omega and a factor
 
     torchrun dpo_baseline.py                                     # the tiny world, CPU, minutes
     torchrun dpo_baseline.py --preset sd15 --model M --data D    # one GPU
@@ -45,8 +45,7 @@ def dpo_loss(err, ref_err, beta):
     log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
     log_ratio_winner, log_ratio_loser = log_ratio.chunk(2)  # (B,) each
     margin = log_ratio_winner - log_ratio_loser  # (B,)
-    # At the start the models are equal: margin 0, loss log 2, and a gradient of beta / 4 on the
-    # margin.
+    # At the start the models are equal: margin 0, loss log 2, gradient -beta / 4 on the margin.
     losses = -F.logsigmoid(0.5 * beta * margin)
     return losses, margin.detach()
 
@@ -55,7 +54,7 @@ def dpo_loss(err, ref_err, beta):
 class Config(common.TrainConfig):
     beta: float = option(5000.0, "KL strength: larger stays closer to the reference model", ">0")
     sft: bool = option(False, "plain denoising loss, on the winners or on caption + image rows")
-    scores: str | None = option(None, "scores file: the higher score wins, whatever the human said")
+    scores: str | None = option(None, "scores file: it says who won; human ties still stay out")
 
 
 # sd15 and sdxl are the launchers of the released code: 2,000 steps of 2,048 pairs at lr 1e-8 x
@@ -131,6 +130,8 @@ def train(cfg, dist_info):
     wins_0 = table.labels > 0.5  # (R,) image 0 won
     train_mask = table.labels != 0.5
     scores = evaluation.load_scores(cfg.scores) if cfg.scores else None
+    if scores and table.image_columns != common.PAIR_COLUMNS:
+        raise common.InputError(f"--scores tells winners of pairs, --data {cfg.data} has none")
     if scores:
         table.check_scores(scores, cfg)
         wins_0 = scores["score_0"] > scores["score_1"]
@@ -149,7 +150,7 @@ def train(cfg, dist_info):
             # Latents and captions: all winners, then all losers (with --sft the winners alone).
             x0 = batch["x0"]
             cond = batch["cond"]
-            images = sides.shape[1]
+            images = sides.shape[1]  # of a row
 
             # One timestep and one noise for both images of a pair.
             t = batch["t"].repeat(images)

@@ -2,20 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion-DRO (NeurIPS 2025, arXiv 2510.18353): rank experts above the policy's own samples.
 
-The loss has no reward model and no sigmoid, and there are no pairs. An expert image should gain
-likelihood over a sample of the current policy, relative to a frozen reference model, until a
-margin is reached; then a hinge switches it off. The policy's samples are made while training runs,
-each only up to the timestep that is needed.
+The loss needs no reward model, no sigmoid and no pairs. An expert image should gain likelihood over
+a sample of the current policy, relative to a frozen reference model, until a margin is reached;
+then a hinge switches it off. The policy's samples are made while training runs, each only up to the
+timestep that is needed. (The experts may be chosen by a reward model, before training.)
 
     paper            here          shape
     x_0^e            x0            (B, 4, h, w)  latents of the experts
     epsilon~         noise         (B, 4, h, w)  sampled noise, for the experts
     x_t, epsilon     x_policy,     (B, 4, h, w)  the policy's sample at timestep t, and
                      eps_policy                  the policy's own prediction there
-    eps_phi          err           (2B,)         error of the trained UNet: experts, then samples
-    eps_ref          ref_err       (2B,)         the same of the frozen initial UNet
-    m                hinge_margin  float         in units of the error, a mean over C, h, w
-    M                refresh_every int           updates between two copies to the policy
+    |. - eps_phi|^2  err           (2B,)         error of the trained UNet: experts, then samples
+    |. - eps_ref|^2  ref_err       (2B,)         the same of the frozen initial UNet
+    m                margin        float         in units of the error, a mean over C, h, w
+    M                refresh_every int           updates until the policy is the trained UNet again
 
 What changes against dpo_baseline.py:
     1. dro_loss: a hinge on the gap of two log-ratios, not a sigmoid of a human's choice
@@ -25,8 +25,8 @@ What changes against dpo_baseline.py:
 
 With M = 1 and no buffer **the policy's term has no gradient**: the policy is the trained UNet, so
 its error against its own prediction is 0, at a minimum. What remains is fine-tuning on the experts,
-with each expert switched off once the hinge is satisfied. The trained UNet is then not run on the
-policy's samples at all. The log's policy_share is their part of the gradient: 0 in that case.
+each switched off once it has gained more than the margin plus what the model has drifted from the
+reference on its own samples. The trained UNet is then not run on the policy's samples at all.
 
     torchrun dro.py                                            # the tiny world, CPU, minutes
     torchrun dro.py --preset sd15 --model M --data D           # one GPU
@@ -37,6 +37,7 @@ import common
 from common import option
 from dataclasses import dataclass, replace
 import eval as evaluation
+import hashlib
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,11 @@ def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
-# Max-margin inverse reinforcement learning: find a reward under which experts are better than
-# whatever the policy does. With the reward log(p_phi / p_ref) the best policy is p_phi itself, so
-# the policy is a copy of the trained model. Denoising errors stand in for log-likelihoods, as in
-# DPO.
+# Max-margin inverse reinforcement learning: find a reward under which experts are better than what
+# the best policy for that reward does. With the reward log(p_phi / p_ref), and the policy held to
+# p_ref by a KL term, the best policy is p_phi itself: so it is a copy of the trained model.
+# Denoising errors stand in for log-likelihoods, as in DPO; the factor 1/2 is part of the margin
+# here.
 def dro_loss(err, ref_err, margin):
     """Diffusion-DRO, arXiv 2510.18353 Eq. 15, as relu(gap + m): the paper's max(-m, gap), plus m.
     err, ref_err (2B,): denoising errors of the trained and of the frozen UNet, experts first, then
@@ -74,11 +76,12 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
     of its timesteps, e.g. t = 970, 920, ..., 20 with S = 20:
 
         for k in range(S):
-            eps       = eps_fn(x, t[k])                                  # stop == k: return x, eps
-            x0        = (x - sigma[k] eps) / alpha[k]
-            h         = lam[k + 1] - lam[k]                              # the solver's step size
-            direction = x0 + h / (2 h_before) (x0 - x0_before)           # k = 0: x0
-            x         = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
+            eps = eps_fn(x, t[k])
+            if k == stop: return x, eps
+            x0 = (x - sigma[k] eps) / alpha[k]
+            h = lam[k + 1] - lam[k]                                      # the solver's step size
+            direction = x0 + h / (2 h_before) (x0 - x0_before)           # in the first step: x0
+            x = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
 
     xT (B, C, h, w): pure noise. timesteps (S, B) long, descending; stop (B,) long in [0, S): the
     step whose (x_t, eps) is wanted; both best kept on the CPU. eps_fn(x (n, C, h, w), t (n,), idx
@@ -102,22 +105,23 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
 def rollout_plan(timesteps, stop, alpha_bar, device):
     """The steps of a batch's rollout, each a dict of its n images' numbers: idx (n,), t (n,), and
     the coefficients (n, 1, 1, 1). An image with an earlier stop joins later, so that all stop
-    together, in the last step; there coef_x = 1 and coef_x0 = 0, which leaves x_t where it is.
+    together: the last prediction is then made for the whole batch at once, as the reference's will
+    be, and the two are equal to the bit where the models are. There coef_x = 1 and coef_x0 = 0,
+    which leaves x_t where it is.
 
-    Everything is made on the CPU in double precision and sent in one copy, so that no step
-    waits."""
+    Everything is made on the CPU in double precision and sent in one copy: see common.to_device."""
     ab = alpha_bar.double()[timesteps]  # (S, B)
     alpha = ab.sqrt()
     sigma = (1 - ab).sqrt()
     h = (alpha / sigma).log().diff(dim=0)  # (S - 1, B)
-    unused = torch.zeros(1, ab.shape[1], dtype=torch.float64)
-    coef_x = torch.cat([sigma[1:] / sigma[:-1], unused])
-    coef_x0 = torch.cat([-alpha[1:] * torch.expm1(-h), unused])
-    extrapolation = torch.cat([unused, h[1:] / (2 * h[:-1]), unused])[: len(ab)]
+    zeros = torch.zeros(1, ab.shape[1], dtype=torch.float64)
+    coef_x = torch.cat([sigma[1:] / sigma[:-1], zeros])  # no step leaves the last timestep
+    coef_x0 = torch.cat([-alpha[1:] * torch.expm1(-h), zeros])
+    extrapolation = torch.cat([zeros, h[1:] / (2 * h[:-1]), zeros])[: len(ab)]  # none at k = 0
     last = int(stop.max())
     table = []
     for step in range(last + 1):
-        k = stop - last + step  # which of its own steps this is for each image, below 0 not one yet
+        k = stop - last + step  # which of its own steps this is for each image; < 0: not yet
         idx = (k >= 0).nonzero()[:, 0]
         k = k[idx]
         moves = k < stop[idx]
@@ -143,8 +147,8 @@ def rollout_plan(timesteps, stop, alpha_bar, device):
 
 
 class ReplayBuffer:
-    """The last `size` items, first in, first out. An item fixes timestep and caption, so it carries
-    its expert along."""
+    """The last `size` items, first in, first out. A policy sample fixes timestep and caption, so an
+    item holds its expert too; the expert's noise is sampled anew each time."""
 
     def __init__(self, size):
         self.size = size
@@ -272,10 +276,10 @@ def train(cfg, dist_info):
     sides = torch.zeros(rows, 1, dtype=torch.long)  # a row has one image
     samples = common.SampleStream(cfg, dist_info, models, table, train_mask, sides)
     common.prepare_output_dir(cfg, dist_info)
-    keep_experts(cfg, experts_file, dist_info)
 
     policy = Policy(cfg, dist_info, models)
     trainer = common.Trainer(cfg, dist_info, models, samples, policy.extra_state)
+    keep_experts(cfg, experts_file, dist_info)
     for micro_batches in trainer.steps():
         policy.refresh(trainer)
         for batch in micro_batches:
@@ -296,20 +300,21 @@ def train(cfg, dist_info):
             target = models.target(torch.cat([x0, x0_policy]), eps, t)  # eps, or v
             cond = {name: torch.cat([value, value]) for name, value in item["cond"].items()}
 
-            def error(unet, rows, xt=xt, t=t, cond=cond, target=target):
-                cond_rows = common.index_condition(cond, rows)
-                prediction = models.predict(unet, xt[rows], t[rows], cond_rows)
-                return denoising_error(prediction, target[rows])
+            def error(unet, part):
+                cond_part = common.index_condition(cond, part)
+                prediction = models.predict(unet, xt[part], t[part], cond_part)
+                return denoising_error(prediction, target[part])
 
             # Denoising errors of the reference and of the trained model. Kernels round differently
-            # for other batch sizes. Both models get the same, so the gap at step 0 is exactly 0.
+            # for other batch sizes, so a prediction that is compared has the batch size of the
+            # other one (B in the rollout's last step): the gap at step 0 is exactly 0.
             experts = slice(0, B)
             with torch.no_grad():
-                if policy.is_trained_unet:
+                if policy.is_current:
                     ref_err = torch.cat([error(ref, experts), error(ref, slice(B, 2 * B))])
                 else:
                     ref_err = error(ref, slice(0, 2 * B))
-            if policy.is_trained_unet:  # its error against its own prediction is 0: see above
+            if policy.is_current:  # then the error of its samples is 0: see the top of this file
                 err_expert = error(trainer.unet, experts)
                 err = torch.cat([err_expert, torch.zeros_like(err_expert)])
             else:
@@ -327,13 +332,14 @@ class Policy:
     """The model that is sampled from: the trained UNet itself, or with M > 1 a copy of it that is
     refreshed every M updates. With --buffer, samples are also drawn again later.
 
-    is_trained_unet: the trained UNet would answer every sample exactly as the policy did."""
+    is_current: the samples are of the trained UNet as it is now, which would predict the same
+    again."""
 
     def __init__(self, cfg, dist_info, models):
         self.cfg = cfg
         self.models = models
         self.copy = common.policy_unet(models, cfg) if cfg.refresh_every > 1 else None
-        self.is_trained_unet = self.copy is None and not cfg.buffer
+        self.is_current = self.copy is None and not cfg.buffer
         # One buffer for each of this rank's micro-batches of a step, by number: then it does not
         # matter which rank has which micro-batch.
         count = cfg.batch // cfg.micro_batch
@@ -362,8 +368,9 @@ class Policy:
         xT = start_noise(self.cfg.seed, batch["index"], x0.shape[1:])
         xT = common.to_device(xT, x0.device)
         with torch.no_grad():
-            sampled = rollout(predict_eps, xT, timesteps, stop, self.models.alpha_bar)
-        x_policy, eps_policy, t = sampled
+            x_policy, eps_policy, t = rollout(
+                predict_eps, xT, timesteps, stop, self.models.alpha_bar
+            )
         item = {"x0": x0, "x_policy": x_policy, "eps_policy": eps_policy, "t": t}
         if self.cfg.buffer:
             buffer = self.buffers[batch["number"]]
@@ -390,8 +397,9 @@ def check_rollout(cfg, models):
 
 def trajectory(t, T, S):
     """The S timesteps of a trajectory that meets t (B,), T / S apart, and the step at which it
-    does: (S, B), (B,). Every t is met with the same probability: its offset within T / S shifts the
-    whole trajectory, and each image has its own."""
+    does: (S, B), (B,), on the CPU. The remainder of t shifts the whole trajectory, for each image
+    its own."""
+    t = t.cpu()
     spacing = T // S
     timesteps = torch.arange(S - 1, -1, -1)[:, None] * spacing + t % spacing
     stop = S - 1 - t // spacing
@@ -406,8 +414,8 @@ def start_noise(seed, index, shape):
 
 
 def values_to_log(losses, gap, err):
-    """policy_share: the gradient of the loss at an image's prediction has a norm in proportion to
-    sqrt(err), where the hinge is on."""
+    """policy_share is the policy samples' part of the gradient, measured at the UNet's predictions:
+    there the norm for an image is proportional to sqrt(err) where the hinge is on, else 0."""
     err_expert, err_policy = err.detach().chunk(2)
     active = (losses.detach() > 0).float()
     grad_expert = (err_expert.sqrt() * active).sum()
@@ -443,10 +451,10 @@ def top_experts(scores, k):
     chosen = []
     seen = set()
     for i in best_first.tolist():
-        if len(chosen) == k or not value[i].isfinite():
+        if len(chosen) == k:
             break
         item = int(key[i])
-        if item not in seen:
+        if item not in seen and value[i].isfinite():
             seen.add(item)
             chosen.append((i // 2, i % 2, value[i].item()))
     return chosen
@@ -458,8 +466,9 @@ def choose_experts(cfg, dist_info, table, scores):
     if not best:
         raise common.InputError(f"--data {cfg.data}: no image of it has a score")
     items = [int(scores[f"key_{side}"][row]) for row, side, _ in best]
-    name = common.content_key(str([*items, *(value for _, _, value in best)]).encode())
-    file = Path(cfg.cache) / "experts" / f"{name:+x}.parquet"
+    values = [value for _, _, value in best]
+    name = hashlib.blake2b(str([items, values]).encode(), digest_size=12).hexdigest()
+    file = Path(cfg.cache) / "experts" / f"{name}.parquet"
     if dist_info.is_main:
         write_experts(cfg, table, scores, best, file)
         text = f"{len(best)} experts, scored {best[-1][2]:.4g} to {best[0][2]:.4g}"
@@ -485,6 +494,8 @@ def write_experts(cfg, table, scores, best, file):
                 raise common.InputError(f"--data {cfg.data}: {text}")
             score = wanted[number, side]
             found[number, side] = {"caption": row["caption"], "image": row[name], "score": score}
+    if file.exists():  # written by an earlier run: the rows above were checked all the same
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with common.atomic(file) as temporary:
         Dataset.from_list([found[row, side] for row, side, _ in best]).to_parquet(temporary)

@@ -11,8 +11,8 @@
     x_0          x0        (2B, 4, h, w)  latents: images 0 of the micro-batch, then images 1
     x_t          xt        (2B, 4, h, w)  where the inversion of x0 ends
     tau          eps       (2B, 4, h, w)  the noise that leads from x0 to xt
-    eps_theta    err       (2B,)          denoising error of the trained UNet (a mean, in fp32)
-    eps_ref      ref_err   (2B,)          the same of the frozen initial UNet
+    |.-eps_theta|^2  err   (2B,)          denoising error of the trained UNet (a mean, in fp32)
+    |.-eps_ref|^2 ref_err  (2B,)          the same of the frozen initial UNet
     alpha/gamma  p         (B,)           probability that image 0 is preferred
     beta         beta      float          KL strength
     gamma        gamma     float          sharpness: a pair's weight runs from -gamma to gamma
@@ -188,8 +188,8 @@ def train(cfg, dist_info):
     table.check_scores(scores, cfg)
 
     common.prepare_output_dir(cfg, dist_info)
-    evaluation.keep_scores(cfg, scores, table, dist_info)
     trainer = common.Trainer(cfg, dist_info, models, samples)
+    evaluation.keep_scores(cfg, scores, table, dist_info)
     for micro_batches in trainer.steps():
         for batch in micro_batches:
             # Latents and captions of images 0, then of images 1. A pair shares its timestep.

@@ -489,6 +489,7 @@ def test_a_resume_on_changed_data_is_refused_and_touches_nothing(
     assert "--data" in error and ("has changed" in error or "other rows than --data" in error), (
         error
     )
+    assert "None" not in error  # nobody gave --scores: the run's own are meant
     assert picture(case.out) == before
     write_rows(rows[:ROWS], data)  # a file of the same content: all is well again
     case.run("--resume")
