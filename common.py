@@ -200,9 +200,9 @@ def renoise_invert(eps_fn, x0, t, alpha_bar, steps, mode, renoise=1):
     eps), both (N, C, h, w), with eps = (xt - sqrt(ab_t) x0) / sqrt(1 - ab_t).
 
     UNet calls an image: 2 for each step of release and above, steps + 1 for paper.
-    ValueError for another mode, steps < 1, or a renoise other than 0 and 1."""
-    if steps < 1 or renoise not in (0, 1):
-        raise ValueError(f"steps must be 1 or more, renoise 0 or 1, not {steps} and {renoise}")
+    ValueError for another mode, steps outside of 1..T, or a renoise other than 0 and 1."""
+    if not 1 <= steps <= len(alpha_bar) or renoise not in (0, 1):
+        raise ValueError(f"steps must be in 1..T, renoise 0 or 1, not {steps} and {renoise}")
     paths = [inversion_path(level, len(alpha_bar), steps, mode) for level in t.tolist()]
     plan = inversion_plan(paths, alpha_bar, mode, x0.device)
     x = x0.clone()
@@ -458,6 +458,8 @@ def git_commit():
 # --------------------------------------------------------------------------------------- 4. files
 def sync(path):
     """Make sure that a file or folder is on the disk, so that a power cut cannot take it back."""
+    if os.name == "nt":  # there it needs a handle that can write, and does not know folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -841,9 +843,12 @@ class Models:
         self.calls = 0
         self.pipe = load_pipeline(cfg.model, cfg.variant, cfg.revision, cfg.vae, cfg.unet)
         # What the cache and a resume compare: taken before anything is cast or trained.
-        self.vae_hash = weights_hash(self.pipe.vae)
-        self.unet_hash = weights_hash(self.pipe.unet)
-        self.encoders_hash = weights_hash(self.pipe, without=("vae", "unet", "scheduler"))
+        self.hashes = {
+            "unet": weights_hash(self.pipe.unet),
+            "vae": weights_hash(self.pipe.vae),
+            "text encoder": weights_hash(self.pipe, without=("vae", "unet", "scheduler")),
+            "scheduler": weights_hash(self.pipe.scheduler),
+        }
         self.unet = self.pipe.unet.to(self.device)
         self.vae = self.pipe.vae
         parts = self.pipe.components
@@ -1534,6 +1539,8 @@ def resize_and_crop(image, side):
 # What a run will see is encoded once, ahead of the training, and kept in --cache. Everything there
 # is stored under a key of the content it was made from. So nothing in it can be out of date, an
 # image that stands in several pairs is encoded once, and runs share what they have in common.
+# Whoever changes how images or captions are prepared has to change this number too.
+CACHE_VERSION = 1
 ROWS_PER_SHARD = 256  # rows of a cache file: what a killed run loses at the most
 ENCODE_BATCH = 16  # images or captions that are encoded at once
 
@@ -1575,7 +1582,7 @@ class TensorStore:
         self.files = []
         self.tensors = {}  # file -> its tensors over a memory map, opened when first read
         self.keys = np.empty(0, np.int64)  # sorted
-        # Where each key's row is: file number * ROWS_PER_SHARD + row.
+        # Where each key's row is: file number * 2^32 + row.
         self.places = np.empty(0, np.int64)
         self.undecodable = np.empty(0, np.int64)  # sorted keys of images that no decoder could read
         self.refresh()
@@ -1591,15 +1598,15 @@ class TensorStore:
                 continue
             try:
                 with safe_open(file, "np") as shard:
-                    row_keys = shard.get_tensor("key").reshape(-1)
-                    bad_keys = shard.get_tensor("undecodable").reshape(-1)
-                if row_keys.dtype != np.int64 or len(row_keys) > ROWS_PER_SHARD:
-                    raise ValueError("it is none of ours")
-            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                    row_keys = shard.get_tensor("key").reshape(-1).astype(np.int64)
+                    bad_keys = shard.get_tensor("undecodable").reshape(-1).astype(np.int64)
+            except FileNotFoundError:  # another run found it damaged
+                continue
+            except SafetensorError as error:
                 self.discard(file, error)
                 continue
             keys.append(row_keys)
-            places.append(len(self.files) * ROWS_PER_SHARD + np.arange(len(row_keys)))
+            places.append((len(self.files) << 32) + np.arange(len(row_keys)))
             undecodable.append(bad_keys)
             self.files.append(file)
         keys = np.concatenate(keys)
@@ -1626,7 +1633,7 @@ class TensorStore:
         if (places < 0).any():
             raise KeyError(f"{self.folder} lacks {(places < 0).sum()} of {len(keys)} rows")
         order = np.argsort(places, kind="stable")
-        numbers = places[order] // ROWS_PER_SHARD
+        numbers = places[order] >> 32
         groups = np.split(places[order], np.flatnonzero(np.diff(numbers)) + 1)  # one for each file
         parts = [self.read_rows(group) for group in groups]
         back = torch.from_numpy(np.argsort(order))
@@ -1634,8 +1641,8 @@ class TensorStore:
 
     def read_rows(self, places):
         """Some rows of one file: {name: (n, ...)}."""
-        file = self.files[places[0] // ROWS_PER_SHARD]
-        rows = places % ROWS_PER_SHARD
+        file = self.files[places[0] >> 32]
+        rows = places & (2**32 - 1)
         try:
             if file not in self.tensors:
                 with safe_open(file, "pt") as shard:
@@ -1646,7 +1653,7 @@ class TensorStore:
             if row_checksums(tensors, rows) != expected:
                 raise ValueError("a checksum is wrong")
             return {name: tensor[rows] for name, tensor in tensors.items()}
-        except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
             self.discard(file, error)
             text = f"{file} was damaged and is removed: --resume makes it again"
             raise InputError(text) from error
@@ -1856,9 +1863,9 @@ class SampleStream:
                 f"--data {cfg.data}: its {len(train_mask)} rows are all ties or broken"
             )
         self.latent_shape = models.latent_shape(cfg.resolution)
-        kind = f"{models.vae_hash[:16]}-{cfg.resolution}-{cfg.precision}"
+        kind = f"{models.hashes['vae'][:16]}-{cfg.resolution}-{cfg.precision}-v{CACHE_VERSION}"
         self.latents = TensorStore(Path(cfg.cache) / f"latents-{kind}")
-        kind = f"{models.encoders_hash[:16]}-{cfg.precision}"
+        kind = f"{models.hashes['text encoder'][:16]}-{cfg.precision}-v{CACHE_VERSION}"
         self.embeddings = TensorStore(Path(cfg.cache) / f"captions-{kind}")
         self.flips = self.draw_flips()
         self.rows = self.encode_what_is_met()
@@ -1933,7 +1940,7 @@ class SampleStream:
         for k in range(self.sides.shape[1]):
             shown[rows, self.sides.numpy()[rows, k], self.flips[:, k].astype(int)] = True
         mine = self.table.my_rows(to_read)
-        self.check_disk(int(shown[to_read].sum()), self.latent_bytes())
+        self.check_disk(int(shown[to_read].sum()))
         items = self.missing_images(mine, shown)
         fill_store(
             self.latents,
@@ -2012,20 +2019,17 @@ class SampleStream:
         barrier()
         self.embeddings.refresh()
 
-    def latent_bytes(self):
-        """What a stored image takes on the disk: 32 KiB for SD1.5, 128 KiB for SDXL in half
-        precision."""
-        return math.prod(self.latent_shape) * torch.finfo(self.models.dtype).bits // 8
-
-    def check_disk(self, images, size):
-        """Say what the cache will take, and refuse to start what cannot end."""
-        needed = images * size
+    def check_disk(self, images):
+        """Say what the cache will take at most, and refuse to start what cannot end."""
+        size = math.prod(self.latent_shape) * torch.finfo(self.models.dtype).bits // 8
+        needed = max(0, images - len(self.latents.keys)) * size  # what is there may be of these
         free = shutil.disk_usage(self.cfg.cache).free
-        if self.dist_info.is_main and needed > 2**30:
-            print(f"encoding {images:,} images takes {needed / 2**30:.1f} GiB in {self.cfg.cache}")
+        text = f"the latents of {images:,} images take up to {needed / 2**30:.1f} GiB"
         if needed > free:
-            text = f"the latents of {images:,} images take {needed / 2**30:.1f} GiB"
-            raise InputError(f"--cache {self.cfg.cache}: {text}, {free / 2**30:.1f} GiB are free")
+            text = f"{text}, {free / 2**30:.1f} GiB are free"
+            raise InputError(f"--cache {self.cfg.cache}: {text}")
+        if self.dist_info.is_main and needed > 2**30:
+            print(f"{text} in {self.cfg.cache}", flush=True)
 
     def digest(self, samples):
         """A hash of what the first samples are made of: it changes where their data changes."""
@@ -2110,6 +2114,8 @@ def check_ranges(cfg):
 def validate_config(cfg, dist_info):
     """Refuse what can be refused before anything is loaded or written."""
     check_ranges(cfg)
+    if cfg.compile and cfg.lora:  # the reference, without its adapter, would round differently
+        raise InputError("--compile and --lora do not go together")
     if cfg.resolution % 8:
         raise InputError(f"--resolution must be a multiple of 8, it is {cfg.resolution}")
     if cfg.batch % (cfg.micro_batch * dist_info.world_size):
@@ -2193,7 +2199,7 @@ def output_lock(cfg, dist_info):
 
     A restart by torchrun may meet the workers of before, which are about to end: it waits a
     little."""
-    if not dist_info.is_main or fcntl is None:
+    if not dist_info.is_main:
         yield
         return
     require_writable(cfg.out)
@@ -2202,7 +2208,8 @@ def output_lock(cfg, dist_info):
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        take_lock(handle, cfg.out)
+        if fcntl:
+            take_lock(handle, cfg.out)
         check_output_dir(cfg)
         remove_leftovers(out, age=0)
         yield
@@ -2297,7 +2304,8 @@ class Trainer:
                    precision, refreshed after each step: autocast would cast all weights anew in
                    each pass. The results are the same to the bit.
     extra_state    {name: what has state_dict and load_state_dict}: a method's own part of the
-                   checkpoint. Modules are the same on all ranks, everything else is this rank's.
+                   checkpoint. Modules are the same on all ranks; anything else is this rank's, and
+                   its name is no other rank's.
     """
 
     def __init__(self, cfg, dist_info, models, samples, extra_state=None):
@@ -2473,7 +2481,8 @@ class Trainer:
         if self.dist_info.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         elif resource:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: in KiB
+            unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         rows_per_s = self.cfg.batch / seconds
         return {"rows_per_s": rows_per_s, "waiting": self.waited / seconds, "memory_gb": memory}
 
@@ -2531,7 +2540,7 @@ class Trainer:
                 "step": self.step,
                 "settings": fixed_settings(self.cfg),
                 "data": self.samples.digest(self.step * self.cfg.batch),
-                "initial_unet": self.models.unet_hash,
+                "models": self.models.hashes,
                 "weights": [p.detach() for p in self.weights],
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -2563,14 +2572,12 @@ class Trainer:
             if self.step > self.cfg.steps:
                 text = f"--steps {self.cfg.steps} is less than the {self.step} that are done"
                 raise InputError(f"--resume: {text}")
-            if state["initial_unet"] != self.models.unet_hash:
-                raise InputError(
-                    "--resume: the initial UNet (--model or --unet) has other weights now"
-                )
+            for part, value in self.models.hashes.items():
+                if state["models"][part] != value:
+                    raise InputError(f"--resume: the {part} of --model is another one than before")
             if state["data"] != self.samples.digest(self.step * self.cfg.batch):
-                raise InputError(
-                    f"--resume: --data {self.cfg.data} has changed since the run began"
-                )
+                text = "or its scores have changed since the run began"
+                raise InputError(f"--resume: --data {self.cfg.data} {text}")
             self.restore(state)
         log = self.out / "log.jsonl"
         if self.dist_info.is_main and log.exists():
@@ -2607,7 +2614,7 @@ def read_checkpoint(path):
     damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "settings", "data", "weights", "optimizer", "extra"} - set(state)
+        missing = {"step", "settings", "models", "data", "weights", "optimizer"} - set(state)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except torch.OutOfMemoryError:

@@ -63,52 +63,41 @@ class Config(common.TrainConfig):
 # warm-up of 25 %.) The paper's SFT runs as long, at a tenth of the learning rate: --sft --lr
 # 2.048e-6. It reports that any amount of SFT makes SDXL worse. Ours: precision, micro-batch,
 # checkpointing, clip. tiny: searched, see tests/tiny/searches.md.
-PRESETS = {
-    "tiny": common.tiny_preset("dpo")
-    | {
-        "steps": 100,
-        "batch": 32,
-        "micro_batch": 32,
-        "lr": 3e-5,
-        "warmup": 10,
-        "beta": 500.0,
-        "caption_dropout": 0.1,
-    },
-    "sd15": {
-        "steps": 2000,
-        "batch": 2048,
-        "micro_batch": 32,
-        "lr": 2.048e-5,
-        "warmup": 500,
-        "beta": 5000.0,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "resolution": 512,
-        "precision": "bf16",
-        "checkpointing": True,
-        "workers": 8,
-        "save_every": 50,
-        "out": "runs/dpo-sd15",
-    },
-    "sdxl": {
-        "steps": 2000,
-        "batch": 2048,
-        "micro_batch": 8,
-        "optimizer": "adafactor",
-        "lr": 2.048e-5,
-        "warmup": 200,
-        "beta": 5000.0,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "resolution": 1024,
-        "precision": "bf16",
-        "checkpointing": True,
-        "workers": 8,
-        "save_every": 10,
-        "vae": "madebyollin/sdxl-vae-fp16-fix",
-        "out": "runs/dpo-sdxl",
-    },
+TINY = common.tiny_preset("dpo") | {
+    "steps": 100,
+    "batch": 32,
+    "micro_batch": 32,
+    "lr": 3e-5,
+    "warmup": 10,
+    "beta": 500.0,
+    "caption_dropout": 0.1,
 }
+SD15 = {
+    "steps": 2000,
+    "batch": 2048,
+    "micro_batch": 32,
+    "lr": 2.048e-5,
+    "warmup": 500,
+    "beta": 5000.0,
+    "caption_dropout": 0.2,
+    "flip": True,
+    "resolution": 512,
+    "precision": "bf16",
+    "checkpointing": True,
+    "workers": 8,
+    "save_every": 50,
+    "out": "runs/dpo-sd15",
+}
+SDXL = SD15 | {
+    "micro_batch": 8,
+    "optimizer": "adafactor",
+    "warmup": 200,
+    "resolution": 1024,
+    "save_every": 10,
+    "vae": "madebyollin/sdxl-vae-fp16-fix",
+    "out": "runs/dpo-sdxl",
+}
+PRESETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 
 
 def main(argv=None):

@@ -202,57 +202,44 @@ class Config(evaluation.RewardConfig):
 # The default here is PickScore's, the paper's second choice, which one command can do.
 # sdxl is a code path without a published result. Ours: precision, micro-batch, checkpointing, clip.
 # tiny: searched, see tests/tiny/searches.md.
-PRESETS = {
-    "tiny": common.tiny_preset("dro")
-    | {
-        "steps": 60,
-        "batch": 32,
-        "micro_batch": 32,
-        "lr": 1e-4,
-        "warmup": 10,
-        "margin": 0.003,
-        "ema": 0.9999,
-        "caption_dropout": 0.1,
-        "experts": 64,
-        "reward": str(common.TINY / "reward"),
-    },
-    "sd15": {
-        "steps": 1600,
-        "batch": 256,
-        "micro_batch": 32,
-        "lr": 1e-5,
-        "margin": 0.001,
-        "ema": 0.9999,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "resolution": 512,
-        "precision": "bf16",
-        "checkpointing": True,
-        "workers": 8,
-        "save_every": 100,
-        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "out": "runs/dro-sd15",
-    },
-    "sdxl": {
-        "steps": 1600,
-        "batch": 256,
-        "micro_batch": 8,
-        "optimizer": "adafactor",
-        "lr": 1e-5,
-        "margin": 0.001,
-        "ema": 0.9999,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "resolution": 1024,
-        "precision": "bf16",
-        "checkpointing": True,
-        "workers": 8,
-        "save_every": 20,
-        "vae": "madebyollin/sdxl-vae-fp16-fix",
-        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "out": "runs/dro-sdxl",
-    },
+TINY = common.tiny_preset("dro") | {
+    "steps": 60,
+    "batch": 32,
+    "micro_batch": 32,
+    "lr": 1e-4,
+    "warmup": 10,
+    "margin": 0.003,
+    "ema": 0.9999,
+    "caption_dropout": 0.1,
+    "experts": 64,
+    "reward": str(common.TINY / "reward"),
 }
+SD15 = {
+    "steps": 1600,
+    "batch": 256,
+    "micro_batch": 32,
+    "lr": 1e-5,
+    "margin": 0.001,
+    "ema": 0.9999,
+    "caption_dropout": 0.2,
+    "flip": True,
+    "resolution": 512,
+    "precision": "bf16",
+    "checkpointing": True,
+    "workers": 8,
+    "save_every": 100,
+    "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "out": "runs/dro-sd15",
+}
+SDXL = SD15 | {
+    "micro_batch": 8,
+    "optimizer": "adafactor",
+    "resolution": 1024,
+    "save_every": 20,
+    "vae": "madebyollin/sdxl-vae-fp16-fix",
+    "out": "runs/dro-sdxl",
+}
+PRESETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 
 
 def main(argv=None):

@@ -15,7 +15,7 @@
     |.-eps_ref|^2 ref_err  (2B,)          the same of the frozen initial UNet
     alpha/gamma  p         (B,)           probability that image 0 is preferred
     beta         beta      float          KL strength
-    gamma        gamma     float          sharpness: a pair's weight runs from -gamma to gamma
+    gamma        gamma     float          sharpness: weights are within gamma tanh(1/2) = 0.46 gamma
 
 What changes against dpo_baseline.py:
     1. preference_probability: the label becomes p, from the difference of two reward scores
@@ -93,60 +93,46 @@ RELEASED_RANGE = {"reward_min": 11.543526500463486, "reward_max": 28.20157110691
 # gamma 10, inversion in 5 steps (SDXL: 10), AdamW (SDXL: Adafactor, beta 5,000), caption dropout
 # 0.2, each image flipped on its own, PickScore. Ours: precision, micro-batch, checkpointing, clip.
 # tiny: searched, see tests/tiny/searches.md.
-PRESETS = {
-    "tiny": common.tiny_preset("smpo")
-    | {
-        "steps": 100,
-        "batch": 32,
-        "micro_batch": 32,
-        "lr": 2e-5,
-        "warmup": 10,
-        "beta": 300.0,
-        "caption_dropout": 0.1,
-        "ema": 0.9999,
-        "reward": str(common.TINY / "reward"),
-    },
-    "sd15": {
-        "steps": 200,
-        "batch": 1024,
-        "micro_batch": 32,
-        "lr": 1.024e-5,
-        "warmup": 100,
-        "beta": 2000.0,
-        "inversion_steps": 5,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "resolution": 512,
-        "precision": "bf16",
-        "checkpointing": True,
-        "workers": 8,
-        "save_every": 20,
-        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "out": "runs/smpo-sd15",
-        **RELEASED_RANGE,
-    },
-    "sdxl": {
-        "steps": 200,
-        "batch": 1024,
-        "micro_batch": 8,
-        "optimizer": "adafactor",
-        "lr": 1.024e-5,
-        "warmup": 100,
-        "beta": 5000.0,
-        "inversion_steps": 10,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "resolution": 1024,
-        "precision": "bf16",
-        "checkpointing": True,
-        "workers": 8,
-        "save_every": 5,
-        "vae": "madebyollin/sdxl-vae-fp16-fix",
-        "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "out": "runs/smpo-sdxl",
-        **RELEASED_RANGE,
-    },
+TINY = common.tiny_preset("smpo") | {
+    "steps": 100,
+    "batch": 32,
+    "micro_batch": 32,
+    "lr": 2e-5,
+    "warmup": 10,
+    "beta": 300.0,
+    "caption_dropout": 0.1,
+    "ema": 0.9999,
+    "reward": str(common.TINY / "reward"),
 }
+SD15 = RELEASED_RANGE | {
+    "steps": 200,
+    "batch": 1024,
+    "micro_batch": 32,
+    "lr": 1.024e-5,
+    "warmup": 100,
+    "beta": 2000.0,
+    "inversion_steps": 5,
+    "caption_dropout": 0.2,
+    "flip": True,
+    "resolution": 512,
+    "precision": "bf16",
+    "checkpointing": True,
+    "workers": 8,
+    "save_every": 20,
+    "reward_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "out": "runs/smpo-sd15",
+}
+SDXL = SD15 | {
+    "micro_batch": 8,
+    "optimizer": "adafactor",
+    "beta": 5000.0,
+    "inversion_steps": 10,
+    "resolution": 1024,
+    "save_every": 5,
+    "vae": "madebyollin/sdxl-vae-fp16-fix",
+    "out": "runs/smpo-sdxl",
+}
+PRESETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 SFT_START = (
     "note: the published recipe starts from an SFT model, which was never released: make one with\n"
     "      dpo_baseline.py --preset sd15 --sft --lr 2.048e-6 --out runs/sft, then --unet runs/sft"
@@ -159,6 +145,8 @@ def main(argv=None):
     forget_released_range(cfg)
     dist_info = common.init_distributed()
     common.validate_config(cfg, dist_info)
+    if cfg.inversion == "release" and cfg.inversion_steps == 1:
+        raise common.InputError("--inversion_steps 1 leads --inversion release to timestep 1 only")
     evaluation.test_run_judge(cfg)
     if cfg.preset in NOTES and not cfg.unet and dist_info.is_main:
         print(NOTES[cfg.preset])
@@ -185,7 +173,7 @@ def train(cfg, dist_info):
         score_0=scores["score_0"],
         score_1=scores["score_1"],
     )
-    table.check_scores(scores, cfg)
+    table.check_scores(scores, cfg)  # here, where the images that are used have been read
 
     common.prepare_output_dir(cfg, dist_info)
     trainer = common.Trainer(cfg, dist_info, models, samples)
@@ -221,7 +209,8 @@ def train(cfg, dist_info):
                     )
                 target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
 
-                # Denoising error of the reference model.
+                # Denoising error of the reference model. (With --lora it is the same UNet without
+                # its adapter, so it comes before the trained pass.)
                 ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
 
             # Denoising error of the trained model, loss and gradient.
@@ -259,6 +248,8 @@ def reward_range(cfg, scores):
     ties included. What is found goes into cfg: config.json records it, and a resume compares it."""
     all_scores = torch.cat([scores["score_0"], scores["score_1"]])
     all_scores = all_scores[all_scores.isfinite()]
+    if not len(all_scores):
+        raise common.InputError(f"--data {cfg.data}: no image of it has a score")
     if cfg.reward_min is None:
         cfg.reward_min = all_scores.min().item()
     if cfg.reward_max is None:
