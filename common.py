@@ -1141,7 +1141,7 @@ def split_files(title, folder, split):
     memory = fsspec.filesystem("memory")
     base = f"/{uuid.uuid4().hex}"
     for file in walk_files(folder):
-        if file.endswith((".parquet", "/metadata.jsonl")):
+        if file.endswith((".parquet", "/metadata.jsonl")) and os.path.isfile(file):  # no pipe
             name = os.path.relpath(file, folder)
             if "/." not in f"/{name}":  # not hidden, such as a cache
                 memory.pipe_file(f"{base}/{name}", b"")
@@ -1284,8 +1284,12 @@ def normalise_caption(caption, number):
 
 def normalise_label(label, has_label, number):
     """0.0, 0.5 or 1.0; 0.5, a tie, where has_label says in any spelling that nobody judged."""
-    if str(has_label).strip("b' ").lower() in ("false", "0", "0.0"):
+    judged = str(has_label).strip("b' ").lower()
+    if judged in ("false", "0", "0.0", "no", "f", "n"):
         return 0.5
+    if judged not in ("true", "1", "1.0", "yes", "t", "y", "none", "nan"):
+        text = f"is {has_label!r:.80}, not true or false"
+        raise InputError(f"has_label of row {number} (from 0) {text}")
     try:
         value = float(label)  # an int, a bool, a Decimal or a text
     except (TypeError, ValueError, OverflowError):
@@ -1363,9 +1367,11 @@ def read_parquet(file, bounds, names, keep, batch_size):
             here = positions[: len(batch)]
             positions = positions[len(batch) :]
             chosen = np.flatnonzero(keep[here])
-            if len(chosen) < len(batch):
-                batch = batch.take(chosen)  # before anything becomes a Python object
-            yield from zip(here[chosen].tolist(), batch.to_pylist())
+            if len(chosen) == len(batch):
+                yield from zip(here.tolist(), batch.to_pylist())
+            else:  # pyarrow's own take does not know all types of columns
+                for i in chosen.tolist():
+                    yield int(here[i]), batch.slice(i, 1).to_pylist()[0]
             if here[-1] >= last:
                 return
 
@@ -1455,6 +1461,9 @@ def read_prompts(path, column="caption"):
     path = str(path)
     suffix = Path(path).suffix.lower()
     try:
+        if suffix in (".txt", ".json", ".jsonl") and not Path(path).is_file():
+            text = "it does not exist, or is no regular file"
+            raise InputError(f"--prompts {path} cannot be read: {text}")
         if suffix == ".txt":
             items = [line.strip() for _, line in text_lines([path])]
         elif suffix == ".jsonl":
@@ -1503,6 +1512,8 @@ def decode_image(cell):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except MemoryError:  # that says nothing about the image
+        raise
     except Exception:  # Pillow's decoders raise nearly anything
         return None
 
@@ -1623,7 +1634,9 @@ class TensorStore:
         """Keys (n,) int64 numpy -> where their rows are (n,), -1 where a row is missing."""
         if not len(self.keys):
             return np.full(len(keys), -1)
-        nearest = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        order = np.argsort(keys)  # millions of keys are found faster in their order
+        nearest = np.empty(len(keys), np.int64)
+        nearest[order] = np.searchsorted(self.keys, keys[order]).clip(max=len(self.keys) - 1)
         return np.where(self.keys[nearest] == keys, self.places[nearest], -1)
 
     def read(self, keys):
@@ -1669,6 +1682,14 @@ class TensorStore:
         name = hashlib.blake2b(str([*keys, *undecodable]).encode(), digest_size=12).hexdigest()
         with atomic(self.folder / f"{name}.safetensors") as temporary:
             save_file(content, temporary)
+
+
+def tensors_checksum(tensors):
+    """The CRC-32 of some tensors, in the order of their names."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), total)
+    return str(total)
 
 
 def row_checksums(tensors, rows):
@@ -1763,7 +1784,8 @@ class RowTable:
             self.columns = ("caption", "label_0")
         require_columns(self.source, (*self.columns, *self.image_columns))
         self.dist_info = dist_info
-        about = f"{os.path.abspath(cfg.data)} {cfg.data} {self.image_columns}"
+        place = os.path.abspath(cfg.data) if os.path.exists(cfg.data) else cfg.data  # a hub id
+        about = f"{place} {self.image_columns}"
         name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
         self.file = Path(cfg.cache) / "rows" / f"{name}.safetensors"
         unknown = f"unknown {uuid.uuid4()}"  # then it never holds at the next start
@@ -1789,24 +1811,27 @@ class RowTable:
 
     def save(self):
         tensors = {name: getattr(self, name) for name in ("labels", "caption_keys", "image_keys")}
+        metadata = {"fingerprint": self.fingerprint, "checksum": tensors_checksum(tensors)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(self.file) as temporary:
-            save_file(tensors, temporary, {"fingerprint": self.fingerprint})
+            save_file(tensors, temporary, metadata)
 
     def load(self):
-        """Whether the kept table is there and of the set as it is now."""
+        """Whether the kept table is there, whole, and of the set as it is now."""
         try:
             with safe_open(self.file, "pt") as file:
-                if file.metadata()["fingerprint"] != self.fingerprint:
-                    return False
+                metadata = file.metadata()
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            if metadata["fingerprint"] != self.fingerprint:
+                return False
+            if metadata["checksum"] != tensors_checksum(tensors):
+                return False
             self.labels = tensors["labels"]
             self.caption_keys = tensors["caption_keys"]
             self.image_keys = tensors["image_keys"]
+            return True
         except (OSError, SafetensorError, KeyError, TypeError):
             return False
-        rows, sides = len(self.labels), len(self.image_columns)
-        return self.caption_keys.shape == (rows,) and self.image_keys.shape == (rows, sides)
 
     def share_image_keys(self):
         """Bring together what the ranks have read, and keep it."""
@@ -1925,20 +1950,25 @@ class SampleStream:
         self.skipped = int((~decodable).sum())
         return np.concatenate(rows)[:count]
 
+    def shown_views(self, rows):
+        """(R, K, 2) bool: which images samples show, as they are and mirrored."""
+        shown = np.zeros((*self.table.image_keys.shape, 2), bool)
+        for k in range(self.sides.shape[1]):
+            shown[rows, self.sides.numpy()[rows, k], self.flips[:, k].astype(int)] = True
+        return shown
+
     def rows_to_read(self, rows):
         """Sorted rows with an image that was not read yet or is not in the cache."""
-        keys = self.table.image_keys.numpy()[rows[:, None], self.sides.numpy()[rows]]
+        row, side, mirrored = self.shown_views(rows).nonzero()
+        keys = self.table.image_keys.numpy()[row, side]
         unread = keys == 0
-        keys = np.where(self.flips, ~keys, keys)
-        missing = self.latents.find(keys.ravel()).reshape(keys.shape) < 0
-        return np.unique(rows[(unread | missing).any(1)])
+        keys = np.where(mirrored, ~keys, keys)
+        return np.unique(row[unread | (self.latents.find(keys) < 0)])
 
     def encode_images(self, rows, to_read):
         """Read some rows, and encode those of their images that samples show and the cache
         lacks."""
-        shown = np.zeros((*self.table.image_keys.shape, 2), bool)  # row, side, as it is or mirrored
-        for k in range(self.sides.shape[1]):
-            shown[rows, self.sides.numpy()[rows, k], self.flips[:, k].astype(int)] = True
+        shown = self.shown_views(rows)
         mine = self.table.my_rows(to_read)
         self.check_disk(int(shown[to_read].sum()))
         items = self.missing_images(mine, shown)
@@ -1988,7 +2018,9 @@ class SampleStream:
 
     def encode_captions(self):
         """Encode the captions that samples have and the cache lacks, and the empty one."""
-        met = np.unique(self.rows)
+        is_met = np.zeros(len(self.table.labels), bool)
+        is_met[self.rows] = True
+        met = is_met.nonzero()[0]
         keys = self.table.caption_keys.numpy()[met]
         missing = met[self.embeddings.find(keys) < 0]
         no_caption = self.embeddings.find(np.array([caption_key("")]))[0] < 0
@@ -2018,6 +2050,8 @@ class SampleStream:
         )
         barrier()
         self.embeddings.refresh()
+        if (self.embeddings.find(keys) < 0).any():
+            raise InputError(f"--data {self.cfg.data} changes while it is read")
 
     def check_disk(self, images):
         """Say what the cache will take at most, and refuse to start what cannot end."""
@@ -2032,14 +2066,13 @@ class SampleStream:
             print(f"{text} in {self.cfg.cache}", flush=True)
 
     def digest(self, samples):
-        """A hash of what the first samples are made of: it changes where their data changes."""
+        """A hash of the set's labels, captions and scores, and of the first samples' images: what
+        no sample has met yet need not have been read."""
         rows = self.rows[:samples]
         sides = self.sides.numpy()[rows]
-        digest = hashlib.blake2b(str(len(self.table.labels)).encode())
-        digest.update(self.table.image_keys.numpy()[rows[:, None], sides].tobytes())
-        digest.update(self.table.caption_keys.numpy()[rows].tobytes())
-        for values in self.extra.values():
-            digest.update(values.numpy()[rows].tobytes())
+        digest = hashlib.blake2b(self.table.image_keys.numpy()[rows[:, None], sides].tobytes())
+        for values in (self.table.labels, self.table.caption_keys, *self.extra.values()):
+            digest.update(values.numpy().tobytes())
         return digest.hexdigest()
 
     def batch(self, numbers):

@@ -709,10 +709,14 @@ def score_pairs(table, score, cache, title, dist_info):
     # Scores of another model, or by other libraries, lie in another folder.
     name = common.broadcast_from_main(score.fingerprint() if dist_info.is_main else None)
     store = common.TensorStore(Path(cache) / f"scores-{name}")
+    before = None
     while True:  # once, unless a file of the store turns out to be damaged
         rows = common.broadcast_from_main(rows_without_score(table, store))
         if not len(rows):
             return read_scores(table, store)
+        if np.array_equal(rows, before):
+            raise InputError(f"--data {table.source.path} changes while it is read")
+        before = rows
         mine = table.my_rows(rows)
         items = items_to_score(table, store, mine)
         common.fill_store(store, items, prepare, compute, title, 2 * len(mine), dist_info)
@@ -773,6 +777,9 @@ def load_scores(path):
     """A scores file -> what `score_pairs` returned. InputError if it is none."""
     # Another program may have made it, so nothing about it is taken for granted.
     scores = {}
+    if not Path(path).is_file():
+        text = "it does not exist, or is no regular file"
+        raise InputError(f"--scores {path} is no scores file: {text}")
     try:
         with safe_open(path, "pt") as file:
             for name in ("score_0", "score_1", "key_0", "key_1"):
@@ -1342,10 +1349,10 @@ def test_run_judge(cfg):
     except Exception:  # common.Models says what is wrong with --model
         scheduler_config = {}
     check_sampling_steps("--eval_steps", cfg.eval_steps, scheduler_config)
-    # The judge on a blank image of the right size, with a caption that it will meet
+    # The judge on blank images of the right size, with a caption that it will meet
     if cfg.judge:
         blank = Image.new("RGB", (cfg.resolution, cfg.resolution))
-        load_scorer(cfg.judge)([blank], prompts[:1])
+        load_scorer(cfg.judge)([blank, blank], [prompts[0], prompts[0]])  # two: a number for each
 
 
 def final_evaluation(cfg):

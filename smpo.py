@@ -161,6 +161,7 @@ def train(cfg, dist_info):
     # Rows to train on: those that people decided. Who won is not used: the reward says by how much.
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
     scores = evaluation.pair_scores(cfg, table, dist_info)
+    table.check_scores(scores, cfg)
     lo, hi = reward_range(cfg, scores)
     has_scores = scores["score_0"].isfinite() & scores["score_1"].isfinite()
     samples = common.SampleStream(
@@ -173,7 +174,7 @@ def train(cfg, dist_info):
         score_0=scores["score_0"],
         score_1=scores["score_1"],
     )
-    table.check_scores(scores, cfg)  # here, where the images that are used have been read
+    table.check_scores(scores, cfg)  # again: now the images that are used have been read
 
     common.prepare_output_dir(cfg, dist_info)
     trainer = common.Trainer(cfg, dist_info, models, samples)

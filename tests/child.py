@@ -98,6 +98,8 @@ class Child:
     start with SIGINT ignored, as after a shell's "&" without job control; environment: more
     variables, and UMASK, in octal."""
 
+    started = []
+
     def __init__(
         self, name, flags, log, kill_at=None, limit=0, ignore_interrupt=False, **environment
     ):
@@ -106,6 +108,16 @@ class Child:
         words = (name, list(flags), str(log), kill_at, limit, ignore_interrupt, environment)
         self.process = context.Process(target=run_in_child, args=words)
         self.process.start()
+        Child.started.append(self)
+
+    @classmethod
+    def kill_all(cls):
+        """End what a failed test has left behind: halted processes would wait for ever."""
+        for child in cls.started:
+            if child.process.is_alive():
+                child.process.kill()
+                child.process.join()
+        cls.started.clear()
 
     def wait(self, timeout=120):
         """The exit code; minus the signal's number where one killed it."""

@@ -41,9 +41,13 @@ def make_set(tmp_path):
 
 @pytest.fixture
 def elsewhere(tmp_path_factory, monkeypatch):
-    """An empty working folder: a test should not depend on what lies in the one it is started
-    in."""
+    """An empty working folder: a test should not depend on what lies in the one it is started in.
+    Commands that a failed test leaves running are ended."""
+    from child import Child
+
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    Child.kill_all()
 
 
 @pytest.fixture

@@ -550,7 +550,7 @@ STATE_CHANGES = [
     ("aesthetic.v1", "v1.pth", prefixed, "model"),
     ("aesthetic.v1", "v1.pth", without("bias"), "bias"),
     ("aesthetic.v1", "v1.pth", with_one_more("other"), "other"),
-    ("aesthetic.v2", "v2.pth", prefixed, "model.layers.0"),
+    ("aesthetic.v2", "v2.pth", prefixed, "model.layers."),
     ("aesthetic.v2", "v2.pth", without("layers.2.bias"), "2.bias"),
     ("aesthetic.v2", "v2.pth", with_one_more("layers.2.running_mean"), "2.running_mean"),
     ("aesthetic.v2", "v2.pth", with_one_more("layers.9.bias"), "9."),
@@ -907,11 +907,12 @@ def test_a_lora_run_is_the_stock_pipelines_lora(start, draw, other_unet, tmp_pat
     hashes = found["settings"]["images"]
     assert hashes["mine"] == hashes["again"] != hashes["initial"]
     key = (0, "image", 1, 0)
-    stock = tiny_unet(other_unet) if start == "other" else None
+    start = path or TINY / "model" / "unet"
     image = pixels_of(found, tmp_path / "out", "mine")["00001_0.png"]
-    assert largest(image, stock_image(PROMPTS[1], key, unet=stock, lora=folder / "lora")) <= 1
+    stock = stock_image(PROMPTS[1], key, unet=tiny_unet(start), lora=folder / "lora")
+    assert largest(image, stock) <= ROUNDING
     assert largest(image, stock_image(PROMPTS[1], key, unet=merged)) <= ROUNDING
-    assert largest(image, stock_image(PROMPTS[1], key, unet=stock)) > 10
+    assert largest(image, stock_image(PROMPTS[1], key, unet=tiny_unet(start))) > 10
     # The pipeline's own UNet is as it was.
     image = pixels_of(found, tmp_path / "out")["00001_0.png"]
     assert largest(image, stock_image(PROMPTS[1], key)) <= ROUNDING
@@ -927,15 +928,49 @@ def test_lora_runs_are_found(draw, main, tmp_path):
     assert found["images"]["mine"] == found["images"]["initial"]
 
 
-def test_a_lora_that_does_not_fit(draw, tmp_path):
+def wider(layers):
+    return {name: torch.cat([value, value], -1) for name, value in layers.items()}
+
+
+def without_the_last(layers):
+    return dict(list(layers.items())[:-1])
+
+
+def not_finite(layers):
+    return {name: value * torch.nan for name, value in layers.items()}
+
+
+def for_text_alone(layers):
+    return {f"text_encoder{name.removeprefix('unet')}": value for name, value in layers.items()}
+
+
+def with_text_half(layers):
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_"
+    width = 64
+    half = {f"{name}A.weight": torch.ones(2, width), f"{name}B.weight": torch.ones(width, 2)}
+    return layers | half
+
+
+def with_a_layer_more(layers):
+    more = {"unet.other.to_q.lora_A.weight": torch.ones(2, 48)}
+    return layers | more | {"unet.other.to_q.lora_B.weight": torch.ones(48, 2)}
+
+
+LORA_CHANGES = [wider, without_the_last, not_finite, for_text_alone, with_text_half]
+LORA_CHANGES += [with_a_layer_more]
+
+
+@pytest.mark.parametrize("change", LORA_CHANGES)
+def test_a_lora_that_does_not_fit(change, tmp_path):
+    """A UNet with a part of a LoRA, or with none, would be compared as if it were the whole."""
     pytest.importorskip("peft")
     folder = tmp_path / "lora"
     make_lora(folder, tiny_unet())
     file = folder / "pytorch_lora_weights.safetensors"
-    wider = {key: torch.cat([value, value]) for key, value in load_file(file).items()}
-    save_file(wider, file)
+    save_file(change(load_file(file)), file)
+    pipe = evaluation.open_pipeline(evaluation.Config(**evaluation.PRESETS["tiny"]))
     with pytest.raises(InputError, match="--unet .*lora: its LoRA cannot be loaded") as error:
-        draw("--unet", folder)
+        evaluation.load_comparison_unet(pipe, folder)
     assert "\n" not in str(error.value)
 
 
@@ -1188,8 +1223,11 @@ def test_pair_set_scores(judge, main, rows, make_set, tmp_path):
 
 
 def test_what_is_refused_leaves_the_scores_alone(judge, main, rows, make_set, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
     data = Path(make_set(rows[:3]))
     content = data.read_bytes()
+    shard = Path(shutil.copy(data, folder / "train-0.parquet"))
     out = tmp_path / "scores.safetensors"
     out.write_text("precious")
     bright = f"{judge}:bright"
@@ -1202,13 +1240,16 @@ def test_what_is_refused_leaves_the_scores_alone(judge, main, rows, make_set, tm
         ((data, "--data", data, "--scorers", bright), "is --data itself"),
         ((tmp_path / "link", "--data", "set.parquet", "--scorers", bright), "is --data itself"),
         ((tmp_path, "--data", data, "--scorers", bright), "a folder"),
+        ((shard, "--data", folder, "--scorers", bright), "--scores_out .*train-0.parquet"),
+        ((shard, "--data", f"{folder}:train", "--scorers", bright), "--scores_out .*train-0"),
         ((out, "--scorers", bright), "--data, --scores_out"),
     ]
     (tmp_path / "link").symlink_to(data)
     for flags, message in cases:
         with pytest.raises(InputError, match=message):
             main(*words, *flags)
-        assert out.read_text() == "precious" and data.read_bytes() == content
+        assert out.read_text() == "precious"
+        assert data.read_bytes() == shard.read_bytes() == content
     with pytest.raises(InputError, match="--data, --scores_out"):
         main("--data", data, "--scorers", bright)
 
@@ -1474,6 +1515,7 @@ BAD = {
     "model": (("--model", "nowhere/at/all"), "nowhere/at/all"),
     "no model": (("--model", ""), "--model is missing"),
     "unet": (("--unet", "nowhere/unet/x"), "--unet nowhere/unet/x does not exist"),
+    "unet on the hub": (("--unet", "some/one"), "the unet of some/one cannot be loaded"),
     "one unet twice": (("--unet", "a/unet", "a/unet"), "two UNets are called a"),
     "initial": (("--unet", "initial=x"), "two UNets are called initial"),
     "median": (("--median_by", "clip", "--images", "EVEN"), "clip is not one of bright"),
