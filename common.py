@@ -1013,7 +1013,8 @@ def add_adapter(unet, rank, seed, name):
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_MODULES
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are two adapters is intended
         torch.manual_seed(seed)
         unet.add_adapter(config, adapter_name=name)
     for key, weight in unet.named_parameters():

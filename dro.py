@@ -169,7 +169,8 @@ class ReplayBuffer:
             order = torch.randperm(len(self), generator=generator)[:n]
         else:
             order = torch.randint(len(self), (n,), generator=generator)
-        return {name: values[order.to(values.device)] for name, values in self.items.items()}
+        order = common.to_device(order, next(iter(self.items.values())).device)
+        return {name: values[order] for name, values in self.items.items()}
 
     def state_dict(self):
         return self.items
@@ -257,7 +258,7 @@ def train(cfg, dist_info):
     check_rollout(cfg, models)
 
     # The experts: a set of images as it is, or the best images of a set of pairs.
-    table, experts_file = open_experts(cfg, dist_info)
+    table, chosen = open_experts(cfg, dist_info)
     rows = len(table.labels)
     train_mask = torch.ones(rows, dtype=torch.bool)
     sides = torch.zeros(rows, 1, dtype=torch.long)  # a row has one image
@@ -266,7 +267,7 @@ def train(cfg, dist_info):
 
     policy = Policy(cfg, dist_info, models)
     trainer = common.Trainer(cfg, dist_info, models, samples, policy.extra_state)
-    keep_experts(cfg, experts_file, dist_info)
+    keep_experts(cfg, chosen, dist_info)
     for micro_batches in trainer.steps():
         policy.refresh(trainer)
         for batch in micro_batches:
@@ -294,7 +295,8 @@ def train(cfg, dist_info):
 
             # Denoising errors of the reference and of the trained model. Kernels round differently
             # for other batch sizes, so a prediction that is compared has the batch size of the
-            # other one (B in the rollout's last step): the gap at step 0 is exactly 0.
+            # other one (B in the rollout's last step): the gap at step 0 is exactly 0. (For
+            # v-prediction, whose targets are made from eps, it is 0 up to rounding.)
             experts = slice(0, B)
             with torch.no_grad():
                 if policy.is_current:
@@ -416,17 +418,18 @@ def values_to_log(losses, gap, err):
     }
 
 
-# ------------------------------------------------------------------------------ choosing the
-# experts
+# ------------------------------------------------------------------- choosing the experts
 def open_experts(cfg, dist_info):
-    """The table of the experts, and the file that they were written to if they had to be chosen."""
+    """The table of the experts; and if they had to be chosen, a dict with their file, the scores and
+    the table of the pair set."""
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS, common.IMAGE_COLUMNS)
     if table.image_columns == common.IMAGE_COLUMNS:
         return table, None
     scores = evaluation.pair_scores(cfg, table, dist_info)
     table.check_scores(scores, cfg)
     file = choose_experts(cfg, dist_info, table, scores)
-    return common.RowTable(replace(cfg, data=str(file)), dist_info, common.IMAGE_COLUMNS), file
+    experts = common.RowTable(replace(cfg, data=str(file)), dist_info, common.IMAGE_COLUMNS)
+    return experts, {"file": file, "scores": scores, "table": table}
 
 
 def top_experts(scores, k):
@@ -488,11 +491,15 @@ def write_experts(cfg, table, scores, best, file):
         Dataset.from_list([found[row, side] for row, side, _ in best]).to_parquet(temporary)
 
 
-def keep_experts(cfg, file, dist_info):
-    """Keep the experts beside the run: dpo_baseline.py --sft --data reads them too."""
-    if file and dist_info.is_main:
+def keep_experts(cfg, chosen, dist_info):
+    """Keep the chosen experts and the scores beside the run, once it is known to go on.
+    dpo_baseline.py --sft --data reads the experts too."""
+    if chosen is None:
+        return
+    evaluation.keep_scores(cfg, chosen["scores"], chosen["table"], dist_info)
+    if dist_info.is_main:
         with common.atomic(Path(cfg.out) / "experts.parquet") as temporary:
-            temporary.write_bytes(file.read_bytes())
+            temporary.write_bytes(chosen["file"].read_bytes())
     common.barrier()
 
 

@@ -463,7 +463,8 @@ def test_scorer_without_files_is_named_and_left_out(weights, main, tmp_path, cap
     images = folder_of(tmp_path / "grey", [(k, k, k) for k in range(4)])
     words = ("--images", images, "--prompts", write_prompts(tmp_path / "p.txt", PROMPTS))
     words += ("--out", tmp_path / "out", "--scorer_paths", "hpsv2.1=nowhere/HPS.pt")
-    main(*words, *weights[1]["clip"], "--scorers", "hpsv2.1,clip")
+    both = (*words, *weights[1]["clip"], "--scorers", "hpsv2.1,clip")
+    main(*both)
     found = report_in(tmp_path / "out")
     assert list(found["scores"]) == ["clip"]
     assert "nowhere/HPS.pt" in found["left_out"]["hpsv2.1"]
@@ -472,10 +473,7 @@ def test_scorer_without_files_is_named_and_left_out(weights, main, tmp_path, cap
     with pytest.raises(InputError, match="nowhere/HPS.pt"):  # none is left: nothing to report
         main(*words, "--scorers", "hpsv2.1", "--overwrite")
     with pytest.raises(InputError, match="nowhere/HPS.pt"):  # it has to choose the images
-        main(
-            *(*words, *weights[1]["clip"], "--scorers", "hpsv2.1,clip", "--overwrite"),
-            *("--median_by", "hpsv2.1"),
-        )
+        main(*both, "--overwrite", "--median_by", "hpsv2.1")
 
 
 def test_pickles_are_not_run(tmp_path, weights):
