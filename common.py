@@ -1715,7 +1715,7 @@ def prefetch(items, load, workers):
     with ThreadPoolExecutor(workers) as pool:
         for key, content in items:
             futures.append((key, pool.submit(load, content)))
-            if len(futures) > 2 * ENCODE_BATCH:
+            if len(futures) > ENCODE_BATCH + workers:
                 key, future = futures.popleft()
                 yield key, future.result()
         while futures:

@@ -420,8 +420,8 @@ def values_to_log(losses, gap, err):
 
 # ------------------------------------------------------------------- choosing the experts
 def open_experts(cfg, dist_info):
-    """The table of the experts; and if they had to be chosen, a dict with their file, the scores and
-    the table of the pair set."""
+    """The table of the experts; if they had to be chosen, also a dict with their file, the scores
+    and the table of the pair set."""
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS, common.IMAGE_COLUMNS)
     if table.image_columns == common.IMAGE_COLUMNS:
         return table, None

@@ -40,7 +40,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 import re
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 import sys
 import torch
 from torch import nn
@@ -200,7 +200,10 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
 def linear_chain(weights):
     """Linear layers without activations -> nn.Sequential: the head of both aesthetic predictors
     and of ImageReward. weights: {"0.weight", "0.bias", "2.weight", ...} or {"weight", "bias"}."""
-    names = {key.removesuffix("weight") for key in weights if key.endswith("weight")}
+    unexpected = [key for key in weights if not re.fullmatch(r"(\d+\.)?(weight|bias)", key)]
+    if unexpected:
+        raise RuntimeError(f"unexpected: {', '.join(sorted(unexpected)[:3])}")
+    names = {key.removesuffix("weight").removesuffix("bias") for key in weights}
     layers = []
     for name in sorted(names, key=lambda name: int(name[:-1] or 0)):  # by number: 10 after 2
         outputs, inputs = weights[f"{name}weight"].shape
@@ -850,6 +853,7 @@ def load_comparison_unet(pipe, path):
     pipe.unet = common.load_unet(start, own) if start else copy.deepcopy(own).float()
     try:
         pipe.load_lora_weights(lora, weight_name=LORA_FILE)
+        require_whole_lora(pipe.unet, lora / LORA_FILE)
         pipe.fuse_lora(components=["unet"])
         pipe.unload_lora_weights()
         return pipe.unet.to(own.dtype)
@@ -858,6 +862,17 @@ def load_comparison_unet(pipe, path):
         raise InputError(f"--unet {path}: its LoRA cannot be loaded: {reason}") from error
     finally:
         pipe.unet = own
+
+
+def require_whole_lora(unet, file):
+    """ValueError where diffusers took only a part of a LoRA: it passes over layers that the UNet or
+    the file lacks, and this code compares UNets, not text encoders."""
+    matrices = [value for value in load_file(file).values() if value.ndim > 1]  # no alphas
+    finite = sum(bool(value.isfinite().all()) for value in matrices)
+    taken = sum(".lora_" in name for name, _ in unet.named_parameters())
+    if not len(matrices) == finite == taken:
+        text = f"{len(matrices)} matrices, {finite} of them finite, and the UNet takes {taken}"
+        raise ValueError(f"the file has {text}")
 
 
 def image_settings(cfg, dist_info):
@@ -968,7 +983,7 @@ def usable_scorers(cfg, wanted, image, prompt, dist_info):
     for name, path in wanted.items():
         problem = None
         try:
-            load_scorer(name, path, dist_info.device)([image], [prompt])
+            load_scorer(name, path, dist_info.device)([image, image], [prompt, prompt])
         except InputError as error:
             problem = str(error)
         problem = next(filter(None, common.all_gather_objects(problem)), None)
@@ -1512,11 +1527,14 @@ def score_data(cfg, wanted, dist_info):
     if not (cfg.data and cfg.scores_out and len(wanted) == 1):
         raise InputError("to score a pair set give --data, --scores_out and one of --scorers")
     result = Path(cfg.scores_out)
-    if result.is_dir() or result.resolve() == Path(cfg.data).resolve():
-        raise InputError(f"--scores_out {result} is --data itself or a folder: name another file")
+    if result.is_dir():
+        raise InputError(f"--scores_out {result} is a folder: name another file")
     # Nothing is touched before the set is open and the scorer has worked once.
     cfg = dataclasses.replace(cfg, cache=cfg.cache or cfg.out)
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
+    inside = table.source.folder or Path(cfg.data).resolve()
+    if result.resolve().is_relative_to(inside):
+        raise InputError(f"--scores_out {result} is --data itself or inside: name another file")
     name, path = next(iter(wanted.items()))
     score = load_scorer(name, path, dist_info.device)
     scores = score_pairs(table, score, cfg.cache, f"scores by {short_name(name)}", dist_info)

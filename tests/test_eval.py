@@ -305,10 +305,7 @@ def weights(tmp_path_factory):
         "pickscore": [f"pickscore={root / 'clip'}"],
         "clip": [f"clip={root / 'clip'}"],
         "hpsv2.0": [f"hpsv2.0={root / 'hps'}"],
-        "hpsv2.1": [
-            f"hpsv2.1={root}/hps/HPS_v2.1_compressed.pt",
-            f"hpsv2.1.processor={root}/hps",
-        ],
+        "hpsv2.1": [f"hpsv2.1={root}/hps/HPS_v2.1_compressed.pt", f"hpsv2.1.processor={root}/hps"],
         "aesthetic.v1": [f"aesthetic.v1={root / 'v1.pth'}", f"aesthetic.v1.clip={root / 'clip'}"],
         "aesthetic.v2": [f"aesthetic.v2={root / 'v2.pth'}", f"aesthetic.v2.clip={root / 'clip'}"],
         "imagereward": [f"imagereward={root / 'ir'}"],
@@ -678,14 +675,23 @@ def test_schedulers_draw_each_image_from_its_own_generator(name, draw, tmp_path)
     assert largest(found["00001_0.png"], expected) <= ROUNDING
 
 
-def test_latents_are_never_clipped(draw, tmp_path):
-    """Whatever the scheduler's file says: diffusers' own classes have clip_sample on."""
-    plain = pixels_of(draw(), tmp_path / "out")
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_latents_are_never_clipped(scheduler, draw, tmp_path):
+    """PNDM's file, which Stable Diffusion came with, does not say whether to clip, and both of
+    diffusers' classes would. Clipping to 0.2 would be seen; to 1, in some images only."""
+    words = ("--scheduler", scheduler)
+    plain = pixels_of(draw(*words), tmp_path / "out")
     model = Path(shutil.copytree(TINY / "model", tmp_path / "model"))
     file = model / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": True}))
+    settings = json.loads(file.read_text())
+    del settings["clip_sample"]
+    settings |= {"_class_name": "PNDMScheduler", "clip_sample_range": 0.2}
+    file.write_text(json.dumps(settings))
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
     out = tmp_path / "clipped"
-    found = pixels_of(draw("--model", model, out=out), out)
+    found = pixels_of(draw(*words, "--model", model, out=out), out)
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
 
@@ -704,6 +710,13 @@ def test_stable_diffusion_xl(draw, judge, tmp_path):
     with pytest.raises(InputError, match="does not fit --model"):
         draw("--unet", f"{model}/unet", out=tmp_path / "none")
     assert not (tmp_path / "none" / "images").exists()
+
+
+@pytest.mark.parametrize("name", ["boom", "nan", "wrong"])
+def test_a_judge_is_tried_before_anything_is_drawn(name, draw, judge, tmp_path):
+    with pytest.raises(InputError, match=f"judge .*:{name} "):
+        draw("--scorers", f"{judge}:{name}")
+    assert not (tmp_path / "out" / "images").exists()
 
 
 def test_two_processes_give_the_same_report(other_unet, main, tmp_path):
@@ -916,7 +929,7 @@ def test_a_lora_run_is_the_stock_pipelines_lora(start, draw, other_unet, tmp_pat
     assert largest(image, stock_image(PROMPTS[1], key)) <= ROUNDING
 
 
-def test_lora_runs_are_found(draw, main, tmp_path):
+def test_lora_runs_are_found(draw, tmp_path):
     pytest.importorskip("peft")
     folder = make_run(tmp_path / "runs" / "mine", model=str(TINY / "model"))
     make_lora(folder / "lora", tiny_unet(), strength=0)
@@ -1001,7 +1014,7 @@ def test_a_unet_of_another_image_size_is_refused(draw, other_unet, tmp_path):
     assert not (tmp_path / "none" / "images").exists()
 
 
-def test_prompts_of_every_kind_are_drawn(draw, rows, make_set, main, tmp_path):
+def test_prompts_of_every_kind_are_drawn(draw, rows, make_set, tmp_path):
     """MJHQ-30K's object, and several files one after the other."""
     content = {f"{i:040x}": {"category": "x", "prompt": p} for i, p in enumerate(PROMPTS[:2])}
     file = tmp_path / "meta_data.json"
@@ -1400,7 +1413,8 @@ BEFORE_TRAINING = {
     "judge": ({"judge": "nowhere.py:f"}, "there is no file nowhere.py"),
     "function": ({"judge": "JUDGE:f"}, "has no function f"),
     "boom": ({"judge": "JUDGE:boom"}, "raises ZeroDivisionError"),
-    "nan": ({"judge": "JUDGE:nan"}, "0 finite values for 1 images"),
+    "nan": ({"judge": "JUDGE:nan"}, "0 finite values for 2 images"),
+    "one number for all": ({"judge": "JUDGE:wrong"}, "1 finite values for 2 images"),
     "words": ({"judge": "JUDGE:words"}, "raises "),
     "prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt"),
 }
@@ -1439,8 +1453,8 @@ def test_a_judge_is_tried_on_the_runs_own_size(judge, tmp_path):
     file.write_text(
         "def f(images, prompts):\n"
         "    assert images[0].size == (64, 64) and images[0].mode == 'RGB', images[0].size\n"
-        f"    assert list(prompts) == [{PROMPTS[0]!r}], prompts\n"
-        "    return [0.0]\n"
+        f"    assert set(prompts) == {{{PROMPTS[0]!r}}}, prompts\n"
+        "    return [0.0] * len(images)\n"
     )
     prompts = write_prompts(tmp_path / "p.txt", PROMPTS)
     evaluation.test_run_judge(run_config(tmp_path / "out", prompts, judge=f"{file}:f"))

@@ -273,7 +273,7 @@ def test_a_killed_fill_store_keeps_its_finished_shards(tmp_path):
         assert (found < 0).nonzero()[0].tolist() == broken
         assert set(store.undecodable.tolist()) == {keys[number] for number in broken}
         decodable = [number for number in range(FILL_ROWS) if number % 100 != 99]
-        values = store.read([keys[number] for number in decodable])["value"]
+        values = store.read(np.array(keys)[decodable])["value"]
         assert values[:, 0].tolist() == decodable and values[:, 1].tolist() == [
             -n for n in decodable
         ]
@@ -486,9 +486,8 @@ def test_a_resume_on_changed_data_is_refused_and_touches_nothing(
     before = picture(case.out)
     write_rows(changed(rows, change), data)
     error = case.fail("--resume")
-    assert "--data" in error and ("has changed" in error or "other rows than --data" in error), (
-        error
-    )
+    assert f"--data {data}" in error
+    assert any(words in error for words in ("has changed", "have changed", "other rows")), error
     assert "None" not in error  # nobody gave --scores: the run's own are meant
     assert picture(case.out) == before
     write_rows(rows[:ROWS], data)  # a file of the same content: all is well again
@@ -507,7 +506,7 @@ def test_a_resume_with_another_initial_unet_is_refused(untouched, stopped_run, t
     shutil.rmtree(start)
     shutil.copytree(stopped_run.out / "unet", start)
     error = case.fail("--resume")
-    assert "the initial UNet (--model or --unet) has other weights now" in error
+    assert "the unet of " in error and "is another one than before" in error
     assert picture(case.out) == before
 
 
