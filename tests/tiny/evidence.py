@@ -504,9 +504,10 @@ def tables(folder):
     columns = ["configuration", "chosen setting", "seeds", "ground-truth score", "win rate"]
     columns += ["PickScore", "deviation", "UNet calls", "CPU minutes"]
     searches = markdown_table(["configuration", "mean ground-truth score"], search_rows(folder))
+    picture = "![mean ground-truth score against deviation from the initial model](evidence.png)"
+    has_picture = any(curve_points(folder, name) for name in CONFIGURATIONS)
     lines = [
-        "![mean ground-truth score against deviation from the initial model](evidence.png)",
-        "",
+        *([picture, ""] if has_picture else []),
         *markdown_table(claims, comparison_rows(folder)),
         *folded("Every configuration", markdown_table(columns, configuration_rows(folder))),
         *folded("The searches: the chosen setting is bold", searches),
