@@ -722,6 +722,15 @@ def test_two_runs_fill_one_cache_at_once(untouched, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------- one folder, one run
+def require_locked(out):
+    handle = os.open(out / ".lock", os.O_RDWR)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+
+
 def test_a_folder_belongs_to_one_run_at_a_time(untouched, data, tmp_path):
     """In the first seconds, when nothing but the lock is there, and later. The others wait for 10
     s."""
@@ -731,19 +740,18 @@ def test_a_folder_belongs_to_one_run_at_a_time(untouched, data, tmp_path):
     assert case.start().stop_when(case.encoding_images)
     assert later.start().stop_when(later.first_steps)
     before = picture(later.out)
-    for round in range(2):  # the refusal of the first intruder leaves the lock in force
-        intruders = []
-        for number, run in enumerate((case, later)):
-            for flag in ("--resume", "--overwrite"):
-                log = tmp_path / f"intruder-{round}-{number}{flag}.txt"
-                flags = [*run.flags, "--cache", tmp_path / f"cache-{number}", flag]
-                intruders.append((Child("dpo_baseline", flags, log), run))
-            if round:
-                break  # `case` alone has nothing but the lock in its folder
-        for intruder, run in intruders:
-            assert intruder.wait(60) == 2, intruder.output[-3000:]
-            assert intruder.error == f"error: --out {run.out} is in use by another run"
-            assert "Traceback" not in intruder.output
+    intruders = []
+    for number, run in enumerate((case, later)):
+        for flag in ("--resume", "--overwrite"):
+            log = tmp_path / f"intruder-{number}{flag}.txt"
+            flags = [*run.flags, "--cache", tmp_path / f"cache-{number}", flag]
+            intruders.append((Child("dpo_baseline", flags, log), run))
+    for intruder, run in intruders:
+        assert intruder.wait(60) == 2, intruder.output[-3000:]
+        assert intruder.error == f"error: --out {run.out} is in use by another run"
+        assert "Traceback" not in intruder.output
+    for run in (case, later):  # being refused does not end the lock
+        require_locked(run.out)
     assert picture(later.out) == before
     for run in (case, later):
         run.child.send(signal.SIGCONT)
@@ -789,10 +797,7 @@ def test_a_waiting_run_does_not_take_a_lock_that_was_deleted(stopped_run):
     lock.unlink()
     os.close(handle)
     assert child.stop_when(stopped_run.first_steps)
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(handle)
+    require_locked(stopped_run.out)
     child.send(signal.SIGCONT)
     assert child.wait() == 0
 
