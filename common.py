@@ -511,7 +511,8 @@ def write_text(path, text):
 
 def remove_leftovers(folder, age):
     """Delete temporary files of killed writers, if nobody has touched them for `age` seconds."""
-    for file in [*Path(folder).glob(".*.new"), *Path(folder).glob(".*.old")]:
+    ours = "[0-9a-f]" * 12  # as `atomic` names them
+    for file in [*Path(folder).glob(f".*.{ours}.new"), *Path(folder).glob(f".*.{ours}.old")]:
         try:
             if time.time() - file.stat().st_mtime >= age:
                 remove(file)
@@ -1614,7 +1615,7 @@ class TensorStore:
                     bad_keys = shard.get_tensor("undecodable").reshape(-1).astype(np.int64)
             except FileNotFoundError:  # another run found it damaged
                 continue
-            except SafetensorError as error:
+            except (SafetensorError, TypeError) as error:  # TypeError: keys in a type NumPy lacks
                 self.discard(file, error)
                 continue
             keys.append(row_keys)
@@ -2172,7 +2173,7 @@ def require_writable(out):
 def check_output_dir(cfg):
     """Refuse to write over an earlier run without being told to, or to resume what does not fit."""
     out = Path(cfg.out)
-    if not has_content(out):
+    if not has_content(out, besides=cfg.cache):
         return
     if not (cfg.resume or cfg.overwrite):
         advice = "--resume goes on, --overwrite starts over, or name another"
@@ -2189,9 +2190,11 @@ def check_output_dir(cfg):
         refuse_inputs_inside(cfg, out)
 
 
-def has_content(out):
-    """Whether a folder holds anything besides what a run that was killed at once leaves there."""
-    return out.exists() and any(not file.name.startswith(".") for file in out.iterdir())
+def has_content(out, besides=""):
+    """Whether a folder holds anything besides what a run that was killed early leaves there: hidden
+    files, and the cache (`besides`) where it lies inside."""
+    files = out.iterdir() if out.exists() else ()
+    return any(not f.name.startswith(".") and f.resolve() != Path(besides).resolve() for f in files)
 
 
 def read_run_config(out):
@@ -2218,7 +2221,8 @@ def require_checkpoint(out, config):
 
 def refuse_inputs_inside(cfg, out):
     """--overwrite replaces the folder, so nothing that the run needs can lie in it."""
-    for name in ("model", "vae", "unet", "data", "cache", "prompts", "scores", "reward", "judge"):
+    names = ("model", "vae", "unet", "data", "cache", "prompts", "judge")
+    for name in (*names, "scores", "reward", "reward_processor"):
         value = getattr(cfg, name, None)
         if value and Path(value).absolute().resolve().is_relative_to(out.resolve()):
             raise InputError(
@@ -2239,23 +2243,42 @@ def output_lock(cfg, dist_info):
     require_writable(cfg.out)
     out = Path(cfg.out).absolute()
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    handle = open_lock(out, cfg.out)
     try:
-        if fcntl:
-            take_lock(handle, cfg.out)
         check_output_dir(cfg)
-        remove_leftovers(out, age=0)
+        for folder in (out, out / "checkpoint"):
+            remove_leftovers(folder, age=0)
         yield
     finally:
+        empty = not has_content(out)
+        if empty:  # nothing came of it: leave no trace
+            (out / ".lock").unlink(missing_ok=True)  # while it is still ours
         os.close(handle)
-        if not has_content(out):  # nothing came of it: leave no trace
-            (out / ".lock").unlink(missing_ok=True)
+        if empty:
             for folder in made:
                 try:
                     folder.rmdir()
                 except OSError:  # something else is in it by now
                     break
+
+
+def open_lock(out, name):
+    """Open and lock the folder's lock file. A run that leaves no trace deletes its own: who has
+    waited for that one holds a lock that nobody else will ever see, and has to begin again."""
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl:
+                take_lock(handle, name)
+            if os.path.samestat(os.fstat(handle), os.stat(out / ".lock")):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def take_lock(handle, name, patience=10):
@@ -2282,13 +2305,13 @@ def prepare_output_dir(cfg, dist_info):
     if dist_info.is_main:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-        old = [file for file in out.iterdir() if file.name != ".lock"]
+        # Hidden files are no results: the lock, what was set aside before, somebody's .git
+        old = [file for file in out.iterdir() if not file.name.startswith(".")]
         if cfg.overwrite and not cfg.resume and old:
             aside = out / f".previous-{time.time_ns()}"
             aside.mkdir()
             for file in sorted(old, key=lambda file: file.name == "config.json"):
-                if not file.name.startswith(".previous"):
-                    file.rename(aside / file.name)
+                file.rename(aside / file.name)
         if not (out / "config.json").exists():
             write_config(cfg)
     barrier()
@@ -2301,7 +2324,8 @@ def write_config(cfg):
 
 def find_checkpoints(out):
     """The checkpoint files of a run, the newest last."""
-    return sorted((Path(out) / "checkpoint").glob("step-*.pt"))
+    # The exact form: a copy somebody made beside it (step-best.pt) is not ours to load or delete.
+    return sorted((Path(out) / "checkpoint").glob(f"step-{'[0-9]' * 8}.pt"))
 
 
 def make_optimizer(cfg, weights):
@@ -2651,7 +2675,7 @@ def read_checkpoint(path):
         missing = {"step", "settings", "models", "data", "weights", "optimizer"} - set(state)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # torch's reader raises nearly anything on a damaged file
         text = f"{path} cannot be read ({describe_error(error)})"

@@ -166,7 +166,7 @@ def options_of(script):
 def test_every_flag_that_is_named_exists(page):
     others = ["tests/bench.py", "tests/test_faults.py", "tests/tiny/evidence.py"]
     known = set.union(*map(options_of, [*SCRIPTS, *others]))
-    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}  # torchrun's
+    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "help"}  # torchrun's, argparse's
     assert set(re.findall(r"(?<![-\w])--(\w+)", read(page))) <= known
 
 
