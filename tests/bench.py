@@ -22,23 +22,24 @@ programs do not stretch. Speed and memory do not depend on the weights' values.
 """
 
 import argparse
-from dataclasses import dataclass
 import json
 import os
-from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 from bench_memory import METHODS, make_unet, print_count
+
 import common
 import dro
 import eval as evaluation
 import smpo
-import torch
 
 WARM_UP = 2  # steps that are not counted: memory, kernels' choice, compilation
 
@@ -239,8 +240,9 @@ def make_pipeline(shape, folder):
 
 def make_pairs(path, side, count=16):
     """Pairs of noise images in Pick-a-Pic's columns, and a file of random scores beside them."""
-    from datasets import Dataset
     import io
+
+    from datasets import Dataset
     from PIL import Image
 
     random = torch.Generator().manual_seed(0)

@@ -3,20 +3,21 @@
 """The memory of a training step at SD1.5's and SDXL's true shapes, counted without a GPU: the
 second half of bench.py, which calls it for --count."""
 
-from pathlib import Path
 import sys
 import weakref
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import dpo_baseline
 import dro
 import smpo
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 METHODS = {"sft": dpo_baseline, "dpo": dpo_baseline, "smpo": smpo, "dro": dro}
 

@@ -6,14 +6,14 @@ Importing torch and the libraries takes seconds. A fork server does it once, and
 fork of it. The child runs what `python smpo.py ...` runs, `common.run_script(smpo.main)`, and can
 be killed, stopped or starved like any process."""
 
-from fnmatch import fnmatch
 import importlib
 import multiprocessing
 import os
-from pathlib import Path
 import signal
 import sys
 import time
+from fnmatch import fnmatch
+from pathlib import Path
 
 # What the scripts import when they start, most of it lazily.
 PRELOAD = [
@@ -54,8 +54,9 @@ def run_in_child(name, flags, log, kill_at, limit, ignore_interrupt, environment
     sys.stdout = open(1, "w", buffering=1)
     sys.stderr = open(2, "w", buffering=1)
     os.environ.update(environment)
-    import common
     import torch
+
+    import common
 
     torch.set_num_threads(1)
     if kill_at:

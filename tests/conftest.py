@@ -4,9 +4,10 @@
 from the tiny world."""
 
 import json
-from pathlib import Path
-import pytest
 import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipelines other than the tiny world's, made for the tests: v-prediction, and SDXL's layout."""
 
-from conftest import TINY
 import json
-from pathlib import Path
 import shutil
+from pathlib import Path
+
 import torch
+from conftest import TINY
 
 
 def make_v_model(folder):

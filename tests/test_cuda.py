@@ -3,15 +3,17 @@
 """What only a GPU can show: the copies in half precision give the trained UNet's bits there too,
 nothing waits for the GPU but the log, and the results are the CPU's."""
 
-import common
+import warnings
+
+import pytest
+import torch
 from conftest import TINY
+from safetensors.torch import load_file
+
+import common
 import dpo_baseline
 import dro
-import pytest
-from safetensors.torch import load_file
 import smpo
-import torch
-import warnings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

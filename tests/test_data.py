@@ -4,29 +4,31 @@
 and caption is encoded once and only if a run meets it, nothing stale is used, sets may be larger than
 the memory, and no file's code is run."""
 
-from child import Child
-import common
-from conftest import ROOT, TINY, write_rows
-import datasets
-import dpo_baseline
-import dro
-import eval as evaluation
-import huggingface_hub
 import io
 import json
-import numpy as np
 import os
+import re
+import shutil
+import time
 from pathlib import Path
-from PIL import Image
+
+import datasets
+import huggingface_hub
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import re
-from safetensors.torch import load_file
-import shutil
-import smpo
-import time
 import torch
+from child import Child
+from conftest import ROOT, TINY, write_rows
+from PIL import Image
+from safetensors.torch import load_file
+
+import common
+import dpo_baseline
+import dro
+import eval as evaluation
+import smpo
 
 PAIR = ("jpg_0", "jpg_1")
 SHORT = [*("--steps", "2", "--batch", "8", "--micro_batch", "8"), *("--eval_prompts", "0")]

@@ -3,17 +3,19 @@
 """DRO's parts: the rollout against diffusers' own sampler, the buffer, the choice of experts; what
 it means that a policy without old samples has no gradient; whole runs and their resume."""
 
+import json
+import shutil
 from collections import Counter
-import common
+
+import pytest
+import torch
 from conftest import TINY
+from safetensors.torch import load_file
+
+import common
 import dpo_baseline
 import dro
 import eval as evaluation
-import json
-import pytest
-from safetensors.torch import load_file
-import shutil
-import torch
 
 
 # ------------------------------------------------------------------------------- rollout

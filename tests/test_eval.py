@@ -4,30 +4,32 @@
 generation against the stock pipeline, statistics against brute force, scores of pair sets, and the
 command line as a user runs it."""
 
-from child import Child
-import common
-from common import InputError
-from conftest import ROOT, TINY
-import eval as evaluation
-from eval import load_scorer, win_rate
 import importlib.util
 import json
-from layouts import make_xl_model
-import numpy as np
 import os
-from pathlib import Path
 import pickle
-from PIL import Image, ImageOps
-import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-import weakref
+from child import Child
+from conftest import ROOT, TINY
+from layouts import make_xl_model
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import common
+import eval as evaluation
+from common import InputError
+from eval import load_scorer, win_rate
 
 PROMPTS = ["a red star on navy", "a blue ring on grey", "a green heart on black"]
 PROMPTS += ["a white cross on teal"]

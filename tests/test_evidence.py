@@ -5,9 +5,9 @@
 import evidence
 import explain
 import numpy as np
-from PIL import Image
 import pytest
 import torch
+from PIL import Image
 
 
 def made_up(name, seed, effect, deviation=0.01, split="test", setting=None, captions=32):

@@ -4,27 +4,30 @@
 of the run nobody touched, to the bit, and no step is done twice.
 
     python tests/test_faults.py --kills 20 [--seed 0]    # at random moments, over the three methods
+    python tests/test_faults.py --disks 20 [--seed 0]    # disks that are full at a random file size
 """
 
 import argparse
-from child import ROOT, Child, context, killer
-import common
-from conftest import TINY, write_rows
 import fcntl
 import json
-import numpy as np
 import os
-from pathlib import Path
-import pytest
 import random
-from safetensors.torch import load_file, save_file
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from child import ROOT, Child, context, killer
+from conftest import TINY, write_rows
+from safetensors.torch import load_file, save_file
+
+import common
 
 STEPS = 5
 ROWS = 40
@@ -924,26 +927,24 @@ def test_without_git(untouched, data, tmp_path):
 # ---------------------------------------------------------------------------------- many, at random
 def main():
     words = argparse.ArgumentParser()
-    words.add_argument("--kills", type=int, default=20)
+    words.add_argument("--kills", type=int, default=0)
+    words.add_argument("--disks", type=int, default=0)
     words.add_argument("--seed", type=int, default=0)
     given = words.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        kill_at_random(Path(folder), given.kills, given.seed)
+        if given.disks:
+            fill_disks_at_random(Path(folder), given.disks, given.seed)
+        else:
+            kill_at_random(Path(folder), given.kills or 20, given.seed)
 
 
-def kill_at_random(folder, kills, seed):
-    """A table: which method was killed when, doing what, and whether the end was the untouched
-    run's."""
+def untouched_runs(folder):
+    """The set's path, a whole run of each method, and the seconds that it takes."""
     from datasets import load_dataset
 
-    print(f"seed {seed}, torch {torch.__version__}\n")
-    print("| kill | method | after | during | result |\n" + "|---" * 5 + "|")
-    draw = random.Random(seed)
     train = str(TINY / "pairs" / "train.parquet")
     rows = load_dataset("parquet", data_files=train, split=f"train[:{ROWS}]").to_list()
     data = write_rows(rows, folder / "set.parquet")
-    results = []
-    runs = 0
     whole = {}
     seconds = {}
     for method in ["dpo_baseline", *METHODS]:  # the first starts the fork server, and counts twice
@@ -951,6 +952,51 @@ def kill_at_random(folder, kills, seed):
         start = time.monotonic()
         whole[method].run()
         seconds[method] = time.monotonic() - start
+    return data, whole, seconds
+
+
+def is_same(case, whole):
+    try:
+        require_same(case, whole)
+    except (AssertionError, OSError):
+        return False
+    return True
+
+
+def fill_disks_at_random(folder, disks, seed):
+    """A table: no file of a run can grow beyond a random size; what it said, and the end after
+    --resume without that limit."""
+    print(f"seed {seed}, torch {torch.__version__}\n")
+    print("| disk | method | largest file | exit | one line | after --resume |\n" + "|---" * 6 + "|")
+    draw = random.Random(seed)
+    data, whole, _ = untouched_runs(folder)
+    results = []
+    for number in range(disks):
+        method = list(METHODS)[number % len(METHODS)]
+        limit = int(10 ** draw.uniform(2.5, 7.3))
+        case = Case(method, folder / f"full-{number}", data, "--resume")
+        child = case.start(limit=limit)
+        code = child.wait()
+        clean = "Traceback" not in child.output
+        clean &= code == 0 or (code == 2 and child.error.startswith("error: "))
+        again = case.start()
+        good = again.wait() == 0 and is_same(case, whole[method])
+        results.append(clean and good)
+        end = "bit-identical" if good else "DIFFERENT"
+        print(f"| {number + 1} | {method} | {limit:,} | {code} | {clean} | {end} |", flush=True)
+    print(f"\n{sum(results)} of {len(results)} full disks end in one line and go on to the same end")
+    sys.exit(not all(results))
+
+
+def kill_at_random(folder, kills, seed):
+    """A table: which method was killed when, doing what, and whether the end was the untouched
+    run's."""
+    print(f"seed {seed}, torch {torch.__version__}\n")
+    print("| kill | method | after | during | result |\n" + "|---" * 5 + "|")
+    draw = random.Random(seed)
+    results = []
+    runs = 0
+    data, whole, seconds = untouched_runs(folder)
     while len(results) < kills:
         method = list(METHODS)[runs % len(METHODS)]
         runs += 1
@@ -970,11 +1016,7 @@ def kill_at_random(folder, kills, seed):
                 killed.append((f"{moment:.2f} s", case.stage()))
                 child.send(signal.SIGKILL)
                 child.wait()
-        good = code == 0
-        try:
-            require_same(case, whole[method])
-        except (AssertionError, OSError):
-            good = False
+        good = code == 0 and is_same(case, whole[method])
         for moment, stage in killed:
             results.append(good)
             end = "bit-identical" if good else f"DIFFERENT (exit {code})"

@@ -4,12 +4,14 @@
 whose inversion is known in closed form.
 """
 
-from common import add_noise, ddim_step, inversion_path, predicted_x0, renoise_invert
-from conftest import TINY
-from fractions import Fraction
 import math
+from fractions import Fraction
+
 import pytest
 import torch
+from conftest import TINY
+
+from common import add_noise, ddim_step, inversion_path, predicted_x0, renoise_invert
 
 MODES = ["release", "above", "paper"]
 T = 1000

@@ -3,13 +3,14 @@
 """Training runs on other pipelines: v-prediction (Stable Diffusion 2.x) and SDXL's layout, with
 small random weights. How such pipelines are loaded and called is the matter of test_loading.py."""
 
+import pytest
+import torch
+from layouts import make_v_model, make_xl_model
+from safetensors.torch import load_file
+
 import dpo_baseline
 import dro
-from layouts import make_v_model, make_xl_model
-import pytest
-from safetensors.torch import load_file
 import smpo
-import torch
 
 FILE = "unet/diffusion_pytorch_model.safetensors"
 # method -> its script, more flags, and what the log calls its margin

@@ -3,19 +3,21 @@
 """Loading models: every weight comes from the files, or one line says what does not; what the
 pipelines, schedulers and VAEs may say; the parts' calls against the libraries' own."""
 
-import common
-from common import InputError, Models, load_pipeline, load_pretrained, load_unet, weights_hash
-from conftest import TINY
 import io
 import json
-from pathlib import Path
-import pytest
-from safetensors.torch import load_file, save_file
 import shutil
 import subprocess
 import sys
-import torch
+from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+import common
+from common import InputError, Models, load_pipeline, load_pretrained, load_unet, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 MODEL_PARTS = ("unet", "vae", "text_encoder")

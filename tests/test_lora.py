@@ -3,18 +3,20 @@
 """--lora: adapters in place of all weights. The reference is the UNet without its adapter, DRO's
 policy a second adapter, and what is written loads into the stock pipeline."""
 
-import common
-from conftest import ROOT, TINY
-import dpo_baseline
-import dro
 import importlib.util
-from layouts import make_xl_model
-import pytest
-from safetensors.torch import load_file
-import smpo
 import subprocess
 import sys
+
+import pytest
 import torch
+from conftest import ROOT, TINY
+from layouts import make_xl_model
+from safetensors.torch import load_file
+
+import common
+import dpo_baseline
+import dro
+import smpo
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="the package peft is not installed"

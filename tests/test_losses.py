@@ -3,13 +3,15 @@
 """The losses against closed forms, and against each other where the papers say they meet."""
 
 import ast
+import math
+
+import pytest
+import torch
 from conftest import ROOT
+
 from dpo_baseline import denoising_error, dpo_loss
 from dro import dro_loss
-import math
-import pytest
 from smpo import preference_probability, smpo_loss
-import torch
 
 # A fp32 number is off by 2^-24 = 6e-8 of its size at the most, and each loss is a handful of
 # operations on numbers of size 1 or less: 1e-6 is 16 such roundings.

@@ -3,15 +3,16 @@
 """Half precision must not become a preference: the margin at step 0 is exactly 0, the copy that
 runs without gradient computes what the trained UNet does, and errors stay close to fp32's."""
 
-import common
-from conftest import TINY
-import dpo_baseline
-import dro
 import numpy as np
 import pytest
-from safetensors.torch import load_file
-import smpo
 import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+import common
+import dpo_baseline
+import dro
+import smpo
 
 # method -> its script, more flags, and what the log calls its margin
 METHODS = {

@@ -6,10 +6,11 @@ Sources: [C] the authors' released launchers and code, [P] the papers' text, "ou
 fits.
 """
 
+import pytest
+
 import common
 import dpo_baseline
 import dro
-import pytest
 import smpo
 
 # PickScore's unit is exp(logit_scale) * cosine with a logit scale of 100. The released SmPO

@@ -2,22 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading data sets: every form that people keep pairs in, and one line for what is no good."""
 
-import common
-from conftest import TINY
 import decimal
 import io
 import json
-import numpy as np
 import os
-from pathlib import Path
-from PIL import Image, ImageFilter, ImageOps
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
 import resource
 import subprocess
 import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torch
+from conftest import TINY
+from PIL import Image, ImageFilter, ImageOps
+
+import common
 
 COLUMNS = ("caption", "label_0", "jpg_0", "jpg_1")
 PAIR = ("jpg_0", "jpg_1")

@@ -3,25 +3,27 @@
 """What the README files say exists, runs and holds: commands, flags, links, numbers, snippets, pictures."""
 
 import ast
-import common
+import json
+import math
+import re
+import shlex
+import sys
+import types
+
+import numpy as np
+import pictures
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
 from conftest import ROOT, TINY
+from PIL import Image
+
+import common
 import dpo_baseline
 import dro
 import eval as evaluation
-import json
-import math
-import numpy as np
-import pictures
-from PIL import Image
-import pytest
-import re
-import shlex
 import smpo
-import sys
-import torch
-import torch.nn.functional as F
-import types
-import yaml
 
 README = (ROOT / "README.md").read_text()
 PAGES = ("README.md", "tests/README.md", "tests/tiny/README.md")
@@ -166,7 +168,8 @@ def options_of(script):
 def test_every_flag_that_is_named_exists(page):
     others = ["tests/bench.py", "tests/test_faults.py", "tests/tiny/evidence.py"]
     known = set.union(*map(options_of, [*SCRIPTS, *others]))
-    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "help"}  # torchrun's, argparse's
+    known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}  # torchrun's
+    known |= {"help"}  # argparse's
     assert set(re.findall(r"(?<![-\w])--(\w+)", read(page))) <= known
 
 

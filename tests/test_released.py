@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the authors' releases compute, and where this code departs from them, shown with numbers."""
 
-import common
-from conftest import TINY
-import dro
 import io
+
 import numpy as np
-from PIL import Image
 import pytest
-from released import released_invert, released_path
 import torch
+from conftest import TINY
+from PIL import Image
+from released import released_invert, released_path
+
+import common
+import dro
 
 # Images of the tiny world that the two inversions are compared on.
 IMAGES = 16

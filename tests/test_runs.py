@@ -3,26 +3,28 @@
 """Whole runs through the command line's own entry, on a few pairs of the tiny world: what is
 written, that a resume and a second process change nothing, and that bad input costs one line."""
 
-from child import Child
-import common
-from conftest import ROOT, TINY, write_rows
-import dpo_baseline
-import dro
 import json
 import math
-import numpy as np
 import os
-from pathlib import Path
-from PIL import ImageOps
-import pytest
 import re
-from safetensors.torch import load_file, save_file
 import shutil
-import smpo
 import socket
 import subprocess
 import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from child import Child
+from conftest import ROOT, TINY, write_rows
+from PIL import ImageOps
+from safetensors.torch import load_file, save_file
+
+import common
+import dpo_baseline
+import dro
+import smpo
 
 SHORT = [
     *("--steps", "4", "--batch", "8", "--micro_batch", "4", "--warmup", "2"),

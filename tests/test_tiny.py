@@ -3,15 +3,17 @@
 """The tiny world as shipped: it loads with the stock classes, its sets are disjoint, its judge is
 exact."""
 
-from conftest import ROOT, TINY
-import eval as evaluation
 import io
 import json
+
 import numpy as np
-from PIL import Image
 import pytest
 import torch
 import world
+from conftest import ROOT, TINY
+from PIL import Image
+
+import eval as evaluation
 
 
 def pil(images):

@@ -8,12 +8,13 @@ a value back. So a whole batch's timesteps, indices and coefficients have to tra
 PyTorch's "meta" device stands in for the GPU. Its tensors have shapes and no values: reading one
 back is an error, and what comes from the CPU can be counted."""
 
-import common
-import dro
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import common
+import dro
 
 SHAPE = (8, 4, 2, 2)
 # timesteps of images with one step, with all steps, and with several in between

@@ -22,32 +22,34 @@ that is in its file is not done again: the command can be stopped at any time an
 """
 
 import argparse
-from dataclasses import dataclass, field
 import importlib
-from itertools import product
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
-import numpy as np
 import os
-from pathlib import Path
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from tqdm import tqdm
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE), str(HERE.parent)]
 
-import common  # noqa: E402
-import eval as evaluation  # noqa: E402
 import evidence_picture  # noqa: E402
 import explain  # noqa: E402
 import released  # noqa: E402
+
+import common  # noqa: E402
+import eval as evaluation  # noqa: E402
 
 RESULTS = HERE / "evidence"
 README = HERE / "README.md"

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """evidence.py's picture: score against deviation from the initial model, a curve a method."""
 
+import math
 from dataclasses import dataclass
 from itertools import product
-import math
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 

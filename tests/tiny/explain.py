@@ -3,15 +3,17 @@
 """What evidence.py measures of the models themselves: how far a trained UNet has moved, and three
 things at the initial model that explain why a claim of a method holds or fails."""
 
-import common
-import eval as evaluation
 import math
-import numpy as np
 from pathlib import Path
-import smpo
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 import world
+
+import common
+import eval as evaluation
+import smpo
 
 PAIRS = Path(__file__).parent / "pairs"
 METHODS = {  # title: (inversion, its steps, whose preference)

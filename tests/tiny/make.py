@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
 """Rebuild the tiny world from nothing: `python tests/tiny/make.py` (about an hour on 2 CPU cores).
 
 1. tokenizer, VAE, then UNet + text encoder on flawed drawings      -> model/   a StableDiffusionPipeline

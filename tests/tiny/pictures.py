@@ -10,19 +10,20 @@ inversion.png   images of the tiny world, noised by sampled and by inverted nois
     python tests/tiny/pictures.py ladder    # this one only
 """
 
-from pathlib import Path
 import sys
+from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent)]
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+
 import common  # noqa: E402
 import dpo_baseline  # noqa: E402
 import dro  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 import smpo  # noqa: E402
-import torch  # noqa: E402
 
 BLUE = "#0072b2"  # these four can be told apart by the colour-blind (Okabe and Ito's)
 GREEN = "#009e73"

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 the contributors
+# SPDX-License-Identifier: Apache-2.0
 """The tiny world: a renderer, an exact judge and a crowd of annotators.
 
 640 captions such as "a red star on navy" (8 shapes x 10 colours x 8 backgrounds), drawn at 64 px. The base
