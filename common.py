@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 the contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What is true of fine-tuning any latent diffusion model, and nothing of a particular method.
+"""What the methods and the evaluation share: all but losses, rollouts and scorers.
 
 1. noise and ReNoise inversion   the mathematics that the methods share
 2. command line                  options, presets, errors that cost one line
@@ -9,6 +9,9 @@
 5. models                        one strict loader; the UNet's prediction in its own target
 6. data                          rows, images, and the cache of latents and caption embeddings
 7. training                      the output folder, the trainer, checkpoints
+
+To learn a method, section 1 and Trainer.optimizer_step are all that matters here. The rest makes
+sure that nothing is silently wrong and nothing is lost.
 
 notation   x0 clean latent | xt noised latent | eps noise | t timestep
            alpha_bar (T,) cumulative product of 1 - beta | ab its value at some timestep
@@ -334,9 +337,8 @@ def run_script(main):
         log.set_verbosity(CRITICAL)
         log.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if (
-        signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-    ):  # ignored: a job that a shell runs with "&"
+    # A job that a shell runs with "&" has Ctrl-C ignored: then it stays so.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
@@ -2357,7 +2359,8 @@ class Trainer:
         trainer.optimizer_step()
     trainer.finish()
 
-    unet           the trained UNet, for the forward pass that gets a gradient
+    unet           the trained UNet, for the forward pass that gets a gradient (with DDP around it)
+    raw_unet       the same without DDP, compiled with --compile
     no_grad_unet   the same weights for all other passes. In half precision it is a copy in that
                    precision, refreshed after each step: autocast would cast all weights anew in
                    each pass. The results are the same to the bit.
@@ -2486,9 +2489,8 @@ class Trainer:
         self.optimizer.zero_grad()
 
         # Update what follows them.
-        ema_decay = min(
-            cfg.ema, (1 + self.step) / (10 + self.step)
-        )  # short at first: little to average
+        # A short memory at first: the weights of the first steps should not stay in the average.
+        ema_decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
         if self.ema_weights:
             torch._foreach_lerp_(
                 self.ema_weights, [p.detach() for p in self.weights], 1 - ema_decay

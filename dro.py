@@ -61,9 +61,8 @@ def dro_loss(err, ref_err, margin):
     log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
     log_ratio_expert, log_ratio_policy = log_ratio.chunk(2)  # (B,) each
     gap = log_ratio_policy - log_ratio_expert  # (B,)
-    losses = F.relu(
-        gap + margin
-    )  # margin > 0: at the start every gap is 0, and relu(0) has no gradient
+    # margin > 0: at the start every gap is 0, and without a margin relu would give no gradient.
+    losses = F.relu(gap + margin)
     return losses, gap.detach()
 
 
