@@ -63,6 +63,7 @@ class Config(common.TrainConfig):
 # warm-up of 25 %.) The paper's SFT runs as long, at a tenth of the learning rate: --sft --lr
 # 2.048e-6. It reports that any amount of SFT makes SDXL worse. Ours: precision, micro-batch,
 # checkpointing, clip. tiny: searched, see tests/tiny/searches.md.
+# --lora needs a larger lr; nothing is published. Of three tried on the tiny world, 2e-3 was best.
 TINY = common.tiny_preset("dpo") | {
     "steps": 100,
     "batch": 32,

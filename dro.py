@@ -202,6 +202,7 @@ class Config(evaluation.RewardConfig):
 # The default here is PickScore's, the paper's second choice, which one command can do.
 # sdxl is a code path without a published result. Ours: precision, micro-batch, checkpointing, clip.
 # tiny: searched, see tests/tiny/searches.md.
+# --lora needs a larger lr; nothing is published, and none was searched for DRO.
 TINY = common.tiny_preset("dro") | {
     "steps": 60,
     "batch": 32,

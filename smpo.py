@@ -93,6 +93,7 @@ RELEASED_RANGE = {"reward_min": 11.543526500463486, "reward_max": 28.20157110691
 # gamma 10, inversion in 5 steps (SDXL: 10), AdamW (SDXL: Adafactor, beta 5,000), caption dropout
 # 0.2, each image flipped on its own, PickScore. Ours: precision, micro-batch, checkpointing, clip.
 # tiny: searched, see tests/tiny/searches.md.
+# --lora needs a larger lr; nothing is published, and none was searched for SmPO.
 TINY = common.tiny_preset("smpo") | {
     "steps": 100,
     "batch": 32,
