@@ -4,11 +4,15 @@
 from the tiny world."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Nobody is asked: a test that looked for a hub would wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
