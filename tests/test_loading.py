@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY
+from layouts import make_xl_model
 from safetensors.torch import load_file, save_file
 
 import common
@@ -32,58 +33,7 @@ def model(tmp_path):
 @pytest.fixture(scope="module")
 def xl_model(tmp_path_factory):
     """A random pipeline in SDXL's layout: two text encoders, pooled embedding, six size numbers."""
-    import diffusers
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-    )
-
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "model", subfolder="tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=16,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=(2, 4),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-        transformer_layers_per_block=(1, 2),
-    )
-    vae = diffusers.AutoencoderKL.from_pretrained(
-        TINY / "model", subfolder="vae", low_cpu_mem_usage=False
-    )
-    folder = tmp_path_factory.mktemp("xl") / "model"
-    diffusers.StableDiffusionXLPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        scheduler=diffusers.EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        ),
-    ).save_pretrained(folder)
-    return folder
+    return Path(make_xl_model(tmp_path_factory.mktemp("xl") / "model"))
 
 
 def config(model, **changes):
