@@ -431,13 +431,17 @@ def generator(*key):
 
 def versions():
     """Library versions and the git commit ("+" where files differ from it), for config.json."""
+    return {"commit": git_commit(), **library_versions()}
+
+
+def library_versions():
+    """The versions that can change a number. The commit is none: every word of a README changes it."""
     import diffusers
     import transformers
 
-    libraries = {
-        library.__name__: library.__version__ for library in (torch, diffusers, transformers)
-    }
-    return {"commit": git_commit(), "python": sys.version.split()[0], **libraries}
+    libraries = (torch, diffusers, transformers)
+    numbers = {library.__name__: library.__version__ for library in libraries}
+    return {"python": sys.version.split()[0], **numbers}
 
 
 def git_commit():

@@ -342,7 +342,7 @@ class Scorer:
         """A hash that changes whenever the scores may change, also with a library's version."""
         texts = [part for part in self.parts if isinstance(part, str)]
         models = [common.weights_hash(part) for part in self.parts if part not in texts]
-        return hash_of([type(self).__name__, texts, models, library_versions()])
+        return hash_of([type(self).__name__, texts, models, common.library_versions()])
 
 
 @contextmanager
@@ -358,12 +358,6 @@ def exact_fp32():
     finally:
         for backend, precision in zip(backends, before):
             backend.fp32_precision = precision
-
-
-def library_versions():
-    """Versions that can change a number. The commit is none of them: it changes with every word
-    of a README."""
-    return {name: value for name, value in common.versions().items() if name != "commit"}
 
 
 def hash_of(values):
@@ -885,7 +879,7 @@ def hash_images(pipe, cfg, unets, prompts, dist_info):
     """{name: hash of all that its images depend on}. On the way, each UNet is loaded, so that one
     that does not fit is refused before anything is drawn. Loading takes seconds, drawing hours."""
     # What all models share: settings, prompts, libraries, and the pipeline but for its UNet
-    about = [image_settings(cfg, dist_info), prompts, library_versions()]
+    about = [image_settings(cfg, dist_info), prompts, common.library_versions()]
     if dist_info.is_main:  # the main process alone hashes: about 2 s for SD1.5
         about.append(common.weights_hash(pipe, without=("unet",)))
     hashes = {}
