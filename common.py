@@ -435,7 +435,7 @@ def versions():
 
 
 def library_versions():
-    """The versions that can change a number. The commit is none: every word of a README changes it."""
+    """The versions that can change a number. The commit is none: a README changes it too."""
     import diffusers
     import transformers
 
