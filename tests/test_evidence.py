@@ -203,8 +203,8 @@ def test_tables_and_picture(tmp_path):
     mean, low, high = evidence.interval(table, 0.99375)
     assert f"{mean:+.4f} ({low:+.4f} to {high:+.4f}) | significantly better |" in row
     row = next(line for line in text.splitlines() if line.startswith("| DPO | lr"))
-    assert "lr 2e-05, beta 300 | 5 | -0.1" in row and "12,800 | 1.5 |" in row
-    assert "**lr 2e-05, beta 300: -0.0" in text
+    assert "lr 5e-05, beta 300 | 5 | -0.1" in row and "12,800 | 1.5 |" in row
+    assert "**lr 5e-05, beta 300: -0.0" in text
     assert "| DRO is better than DPO | not measured |" in text
     evidence.draw_picture(tmp_path, tmp_path / "evidence.png")
     assert Image.open(tmp_path / "evidence.png").size == (1080, 630)

@@ -70,7 +70,7 @@ def grid(**values):
 # All methods that learn from pairs search the same four settings. A LoRA's second matrices start at
 # 0: it takes fifty times the learning rate to move as far. SFT has no beta. DRO with M > 1 is ruined
 # by the steps that suit M = 1.
-PAIRS = grid(lr=(2e-5, 5e-5), beta=(300, 1000))
+PAIRS = grid(lr=(5e-5, 1e-4), beta=(300, 1000))
 LORA = grid(lr=(1e-3, 2.5e-3), beta=(300, 1000))
 SFT = grid(lr=(5e-5, 1e-4, 2e-4, 4e-4))
 DRO_1 = grid(lr=(1e-4, 2e-4), margin=(0.003, 0.01))
