@@ -152,12 +152,19 @@ def inversion_path(t, T, steps, mode):
     return path
 
 
+# An image with fewer steps joins later, so that all images finish together. Two images with t = 450
+# and t = 150 (release, 5 steps), and what the UNet is told:
+#
+#     step of the batch     1                 2               3
+#     image 0   clean -> 201 (0)    201 -> 401 (201)   401 -> 601 (401)
+#     image 1                                          clean -> 201 (0)
+#
 def inversion_plan(paths, alpha_bar, mode, device):
     """The steps of a whole batch, as a list of (idx, unet_t, ab_from, ab_to), each over the n
     images that take part: idx (n,) long, unet_t (n,) long, ab_from and ab_to (n, 1, 1, 1).
 
-    An image with fewer steps joins later, so that all images finish together. Everything is made on
-    the CPU and sent in one copy: a copy for each step would make the GPU wait each time."""
+    Everything is made on the CPU and sent in one copy: a copy for each step would make the GPU wait
+    each time."""
     longest = max(len(path) for path in paths)
     sizes, table = [], []
     for step in range(longest):
@@ -177,19 +184,22 @@ def inversion_plan(paths, alpha_bar, mode, device):
     ]
 
 
+# Running DDIM upwards, a step from x_from to x_to needs the noise predicted at x_to, which is not
+# known yet. Plain inversion takes the prediction at x_from. ReNoise (arXiv 2403.14602) uses it to
+# make a first guess of x_to, predicts again there, and steps with the average of the two. For one
+# image:
+#
+#     for t_from, t_to in steps_of_the_path:           # t = 450: clean -> 201 -> 401 -> 601
+#         eps_here = eps(x, unet_t)                    # unet_t =     0,     201,    401
+#         x_guess = ddim(x, eps_here, t_from -> t_to)
+#         eps_there = eps(x_guess, unet_t)
+#         x = ddim(x, (eps_here + eps_there) / 2, t_from -> t_to)
+#
+# Why at all: add_noise leads from x0 to timestep t with any noise. The inverted one is, up to the
+# error of a few steps, the noise from which this model would sample x0 again. It is a function of
+# the image, so the two images of a pair get two noises.
 def renoise_invert(eps_fn, x0, t, alpha_bar, steps, mode, renoise=1):
-    """Find the noise of an image instead of sampling it: few-step DDIM inversion, refined by
-    ReNoise (arXiv 2403.14602).
-
-    Running DDIM upwards, a step from x_from to x_to needs the noise predicted at x_to, which is not
-    known yet. Plain inversion takes the prediction at x_from. ReNoise uses it to make a first guess
-    of x_to, predicts again there, and steps with the average of the two. For one image:
-
-        for t_from, t_to in steps_of_the_path:           # t = 450: clean -> 201 -> 401 -> 601
-            eps_here = eps(x, unet_t)                    # unet_t =     0,     201,    401
-            x_guess = ddim(x, eps_here, t_from -> t_to)
-            eps_there = eps(x_guess, unet_t)
-            x = ddim(x, (eps_here + eps_there) / 2, t_from -> t_to)
+    """Find the noise of each image by few-step DDIM inversion, refined by ReNoise.
 
     mode   "release"  the released code (under diffusers 0.20): x ends at the first grid timestep
                       at or above t. Its noise level is then not quite that of t, but eps below is

@@ -113,12 +113,52 @@ def main(argv=None):
 def train(cfg, dist_info):
     models = common.Models(cfg, dist_info.device)
     ref = None if cfg.sft else common.reference_unet(models, cfg)
+    samples = training_samples(cfg, dist_info, models)
+    common.prepare_output_dir(cfg, dist_info)
+    trainer = common.Trainer(cfg, dist_info, models, samples)
+    for micro_batches in trainer.steps():
+        for batch in micro_batches:
+            # Latents and captions: all winners, then all losers (with --sft the winners alone).
+            x0 = batch["x0"]  # (2B, 4, h, w)
+            cond = batch["cond"]
+            images = len(x0) // len(batch["t"])  # of a row: 2, or 1 with --sft
 
-    # Rows to train on: not tied. SFT has no use for the loser, and takes sets of single images too.
+            # Both images of a pair get one timestep and one noise. So the margin compares the
+            # images: two noises would differ by more than two images do.
+            t = batch["t"].repeat(images)  # (2B,)
+            eps = batch["noise"].repeat(images, 1, 1, 1)
+            xt = common.add_noise(x0, eps, t, models.alpha_bar)
+            target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
+
+            # Denoising errors of the reference and of the trained model, (2B,) each. (With --lora
+            # the reference is the same UNet without its adapter, so it comes first.)
+            if not cfg.sft:
+                with torch.no_grad():
+                    ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
+            err = denoising_error(models.predict(trainer.unet, xt, t, cond), target)
+
+            # Loss and gradient. The mean over the rows is what makes the learning rate independent
+            # of the micro-batch; Trainer.backward divides by the number of micro-batches.
+            if cfg.sft:
+                trainer.backward(err.mean(), {})
+            else:
+                losses, margin = dpo_loss(err, ref_err, cfg.beta)  # (B,) each
+                trainer.backward(losses.mean(), values_to_log(margin, err))
+        # Clip, step, EMA, log, checkpoint.
+        trainer.optimizer_step()
+    trainer.finish()
+    evaluation.final_evaluation(cfg)
+
+
+def training_samples(cfg, dist_info, models):
+    """The samples of the run: rows that are not tied, each with its winner first."""
+    # SFT has no use for the loser, and takes sets of single images too.
     layouts = (common.PAIR_COLUMNS, common.IMAGE_COLUMNS) if cfg.sft else (common.PAIR_COLUMNS,)
     table = common.RowTable(cfg, dist_info, *layouts)
     wins_0 = table.labels > 0.5  # (R,) image 0 won
     train_mask = table.labels != 0.5
+
+    # --scores says who won; a human tie stays out all the same.
     scores = evaluation.load_scores(cfg.scores) if cfg.scores else None
     if scores and table.image_columns != common.PAIR_COLUMNS:
         raise common.InputError(f"--scores tells winners of pairs, --data {cfg.data} has none")
@@ -127,45 +167,18 @@ def train(cfg, dist_info):
         wins_0 = scores["score_0"] > scores["score_1"]
         decided = scores["score_0"] != scores["score_1"]
         train_mask &= decided & scores["score_0"].isfinite() & scores["score_1"].isfinite()
+
+    # Which images of a row a sample has: (R, 2), e.g. [1, 0] where image 1 won; SFT: (R, 1).
     winner = (~wins_0).long()
     sides = winner[:, None] if cfg.sft else torch.stack([winner, 1 - winner], 1)
     samples = common.SampleStream(cfg, dist_info, models, table, train_mask, sides)
     if scores:
         table.check_scores(scores, cfg)  # again, now that the images have been read
-
-    common.prepare_output_dir(cfg, dist_info)
-    trainer = common.Trainer(cfg, dist_info, models, samples)
-    for micro_batches in trainer.steps():
-        for batch in micro_batches:
-            # Latents and captions: all winners, then all losers (with --sft the winners alone).
-            x0 = batch["x0"]
-            cond = batch["cond"]
-            images = sides.shape[1]  # of a row
-
-            # One timestep and one noise for both images of a pair.
-            t = batch["t"].repeat(images)
-            eps = batch["noise"].repeat(images, 1, 1, 1)
-            xt = common.add_noise(x0, eps, t, models.alpha_bar)
-            target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
-
-            # Denoising errors of the reference and of the trained model.
-            if not cfg.sft:
-                with torch.no_grad():
-                    ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
-            err = denoising_error(models.predict(trainer.unet, xt, t, cond), target)
-
-            # Loss and gradient.
-            if cfg.sft:
-                trainer.backward(err.mean(), {})
-            else:
-                losses, margin = dpo_loss(err, ref_err, cfg.beta)
-                trainer.backward(losses.mean(), values_to_log(margin, err))
-        trainer.optimizer_step()
-    trainer.finish()
-    evaluation.final_evaluation(cfg)
+    return samples
 
 
 def values_to_log(margin, err):
+    # Watch both errors: the margin also grows where the winner gets worse and the loser more so.
     err_winner, err_loser = err.chunk(2)
     return {
         "accuracy": (margin > 0).float().mean(),

@@ -66,21 +66,25 @@ def dro_loss(err, ref_err, margin):
     return losses, gap.detach()
 
 
+# A sample of the policy is wanted at timestep t only, as x_t with the policy's prediction there. So
+# its trajectory is cut short: on average (S + 1) / 2 UNet calls an image, where a whole one takes
+# S. For one image, with alpha = sqrt(ab), sigma = sqrt(1 - ab) and lam = log(alpha / sigma) at each
+# of its timesteps, e.g. t = 970, 920, ..., 20 with S = 20, DPM-Solver++(2M) is:
+#
+#     for k in range(S):
+#         eps = eps_fn(x, t[k])
+#         if k == stop: return x, eps
+#         x0 = (x - sigma[k] eps) / alpha[k]
+#         h = lam[k + 1] - lam[k]                                      # the solver's step size
+#         direction = x0 + h / (2 h_before) (x0 - x0_before)           # in the first step: x0
+#         x = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
+#
+# "2M" says: second order, with one earlier prediction in memory. The solver extrapolates x0
+# linearly in lam from the last two predictions. Here each image of a batch has its own timesteps
+# and its own stop, so the coefficients are tables, made ahead by `rollout_plan`.
 def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
     """Sample with DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), each image on its own timesteps
-    and only as far as it is wanted: on average (S + 1) / 2 UNet calls an image, where a whole one
-    takes S.
-
-    For one image, with alpha = sqrt(ab), sigma = sqrt(1 - ab) and lam = log(alpha / sigma) at each
-    of its timesteps, e.g. t = 970, 920, ..., 20 with S = 20:
-
-        for k in range(S):
-            eps = eps_fn(x, t[k])
-            if k == stop: return x, eps
-            x0 = (x - sigma[k] eps) / alpha[k]
-            h = lam[k + 1] - lam[k]                                      # the solver's step size
-            direction = x0 + h / (2 h_before) (x0 - x0_before)           # in the first step: x0
-            x = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
+    and only as far as it is wanted.
 
     xT (B, C, h, w): pure noise. timesteps (S, B) long, descending; stop (B,) long in [0, S): the
     step whose (x_t, eps) is wanted; both best kept on the CPU. eps_fn(x (n, C, h, w), t (n,), idx
@@ -91,7 +95,7 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
     eps = torch.empty_like(xT)
     x0_before = torch.zeros_like(xT)
     for step in rollout_plan(timesteps.cpu(), stop.cpu(), alpha_bar.cpu(), xT.device):
-        idx = step["idx"]
+        idx = step["idx"]  # (n,) the images that take part in this step
         eps_now = eps_fn(x[idx], step["t"], idx)
         x0 = (x[idx] - step["sigma"] * eps_now) / step["alpha"]
         direction = x0 + step["extrapolation"] * (x0 - x0_before[idx])
@@ -101,21 +105,26 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
     return x, eps, timesteps.cpu().gather(0, stop.cpu()[None])[0]
 
 
+# An image with an earlier stop joins later, so that all stop together. With stop = [1, 3]:
+#
+#     step of the batch     0    1    2    3
+#     image 0, its step k             0    1
+#     image 1, its step k   0    1    2    3
+#
+# So the last prediction is made for the whole batch at once, as the reference's will be, and the
+# two are equal to the bit where the models are. In it coef_x = 1 and coef_x0 = 0: x_t stays.
 def rollout_plan(timesteps, stop, alpha_bar, device):
     """The steps of a batch's rollout, each a dict of its n images' numbers: idx (n,), t (n,), and
-    the coefficients (n, 1, 1, 1). An image with an earlier stop joins later, so that all stop
-    together: the last prediction is then made for the whole batch at once, as the reference's will
-    be, and the two are equal to the bit where the models are. There coef_x = 1 and coef_x0 = 0,
-    which leaves x_t where it is.
-
-    Everything is made on the CPU in double precision and sent in one copy: see common.to_device."""
+    the coefficients (n, 1, 1, 1). Everything is made on the CPU in double precision and sent in one
+    copy: see common.to_device."""
     ab = alpha_bar.double()[timesteps]  # (S, B)
     alpha = ab.sqrt()
     sigma = (1 - ab).sqrt()
-    h = (alpha / sigma).log().diff(dim=0)  # (S - 1, B)
+    h = (alpha / sigma).log().diff(dim=0)  # (S - 1, B) steps in log(alpha / sigma)
     zeros = torch.zeros(1, ab.shape[1], dtype=torch.float64)
     coef_x = torch.cat([sigma[1:] / sigma[:-1], zeros])  # no step leaves the last timestep
     coef_x0 = torch.cat([-alpha[1:] * torch.expm1(-h), zeros])
+    # How far to go on along the line through the last two predictions of x0.
     extrapolation = torch.cat([zeros, h[1:] / (2 * h[:-1]), zeros])[: len(ab)]  # none at k = 0
     last = int(stop.max())
     table = []
@@ -134,6 +143,7 @@ def rollout_plan(timesteps, stop, alpha_bar, device):
             extrapolation[k, idx],
         ]
         table.append(torch.stack(columns, 1))
+    # One copy to the device, then cut into the steps again.
     on_device = common.to_device(torch.cat(table), device)
     plan = []
     for part in on_device.split([len(rows) for rows in table]):
@@ -145,6 +155,8 @@ def rollout_plan(timesteps, stop, alpha_bar, device):
     return plan
 
 
+# A sample drawn again has been made by an older policy, so the trained UNet no longer predicts what
+# stands in it, and the policy's term has a gradient. The same is true of M > 1.
 class ReplayBuffer:
     """The last `size` items, first in, first out. A policy sample fixes timestep and caption, so an
     item holds its expert too; the expert's noise is sampled anew each time."""
@@ -256,65 +268,75 @@ def train(cfg, dist_info):
     models = common.Models(cfg, dist_info.device)
     ref = common.reference_unet(models, cfg)
     check_rollout(cfg, models)
-
-    # The experts: a set of images as it is, or the best images of a set of pairs.
-    table, chosen = open_experts(cfg, dist_info)
-    rows = len(table.labels)
-    train_mask = torch.ones(rows, dtype=torch.bool)
-    sides = torch.zeros(rows, 1, dtype=torch.long)  # a row has one image
-    samples = common.SampleStream(cfg, dist_info, models, table, train_mask, sides)
+    samples, chosen = expert_samples(cfg, dist_info, models)
     common.prepare_output_dir(cfg, dist_info)
-
     policy = Policy(cfg, dist_info, models)
     trainer = common.Trainer(cfg, dist_info, models, samples, policy.extra_state)
     keep_experts(cfg, chosen, dist_info)
     for micro_batches in trainer.steps():
-        policy.refresh(trainer)
+        policy.refresh(trainer)  # with M > 1, in every M-th step
         for batch in micro_batches:
             # A sample of the policy for each expert: the same caption, and the same timestep.
             item = policy.sample(batch, trainer)
             x0 = item["x0"]  # (B, 4, h, w) the experts
-            t = item["t"]
-            B = len(x0)
+            t = item["t"]  # (B,)
+            x_policy = item["x_policy"]  # (B, 4, h, w) noised as it came, never clean
+            eps_policy = item["eps_policy"]
 
-            # x_t, first of the experts with sampled noise, then of the policy; and their targets.
+            # x_t: of the experts with sampled noise, then of the policy. An expert's target is that
+            # noise; a policy sample's is what the policy predicted there.
             noise = batch["noise"]
-            x0_policy = common.predicted_x0(
-                item["x_policy"], item["eps_policy"], t, models.alpha_bar
-            )
-            xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), item["x_policy"]])
-            eps = torch.cat([noise, item["eps_policy"]])
-            t = t.repeat(2)
+            xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), x_policy])
+            eps = torch.cat([noise, eps_policy])
+            x0_policy = common.predicted_x0(x_policy, eps_policy, t, models.alpha_bar)
+            t = t.repeat(2)  # (2B,)
             target = models.target(torch.cat([x0, x0_policy]), eps, t)  # eps, or v
             cond = {name: torch.cat([value, value]) for name, value in item["cond"].items()}
 
-            def error(unet, part):
-                cond_part = common.index_condition(cond, part)
-                prediction = models.predict(unet, xt[part], t[part], cond_part)
-                return denoising_error(prediction, target[part])
-
-            # Denoising errors of the reference and of the trained model. Kernels round differently
-            # for other batch sizes, so a prediction that is compared has the batch size of the
-            # other one (B in the rollout's last step): the gap at step 0 is exactly 0. (For
-            # v-prediction, whose targets are made from eps, it is 0 up to rounding.)
-            experts = slice(0, B)
-            with torch.no_grad():
-                if policy.is_current:
-                    ref_err = torch.cat([error(ref, experts), error(ref, slice(B, 2 * B))])
-                else:
-                    ref_err = error(ref, slice(0, 2 * B))
-            if policy.is_current:  # then the error of its samples is 0: see the top of this file
-                err_expert = error(trainer.unet, experts)
-                err = torch.cat([err_expert, torch.zeros_like(err_expert)])
-            else:
-                err = error(trainer.unet, slice(0, 2 * B))
+            # Denoising errors of the reference and of the trained model, (2B,) each.
+            inputs = (xt, t, target, cond)
+            ref_err = reference_errors(models, ref, policy.is_current, *inputs)
+            err = trained_errors(models, trainer.unet, policy.is_current, *inputs)
 
             # Loss and gradient.
-            losses, gap = dro_loss(err, ref_err, cfg.margin)
+            losses, gap = dro_loss(err, ref_err, cfg.margin)  # (B,) each
             trainer.backward(losses.mean(), values_to_log(losses, gap, err))
+        # Clip, step, EMA, log, checkpoint.
         trainer.optimizer_step()
     trainer.finish()
     evaluation.final_evaluation(cfg)
+
+
+def errors(models, unet, part, xt, t, target, cond):
+    """Denoising errors (n,) of a UNet on a part (a slice) of the 2B images."""
+    cond = common.index_condition(cond, part)
+    return denoising_error(models.predict(unet, xt[part], t[part], cond), target[part])
+
+
+@torch.no_grad()
+def reference_errors(models, ref, is_current, *inputs):
+    """Errors (2B,) of the frozen UNet, in calls of the sizes that they will be compared with.
+
+    Kernels round differently for other batch sizes. The policy predicted its B samples in one call
+    (the rollout's last), and the trained UNet will see B experts, or all 2B images. With the same
+    sizes here the gap at step 0 is exactly 0. (For v-prediction, whose targets are made from eps,
+    it is 0 up to rounding.)"""
+    B = len(inputs[0]) // 2
+    if not is_current:
+        return errors(models, ref, slice(0, 2 * B), *inputs)
+    of_experts = errors(models, ref, slice(0, B), *inputs)
+    of_policy = errors(models, ref, slice(B, 2 * B), *inputs)
+    return torch.cat([of_experts, of_policy])
+
+
+def trained_errors(models, unet, is_current, *inputs):
+    """Errors (2B,) of the trained UNet. Where the samples are its own of just now, it would predict
+    the same again: their error and its gradient are 0, and the UNet is run on the experts alone."""
+    B = len(inputs[0]) // 2
+    if not is_current:
+        return errors(models, unet, slice(0, 2 * B), *inputs)
+    of_experts = errors(models, unet, slice(0, B), *inputs)
+    return torch.cat([of_experts, torch.zeros_like(of_experts)])
 
 
 class Policy:
@@ -351,6 +373,7 @@ class Policy:
         def predict_eps(x, unet_t, idx):  # no guidance
             return self.models.predict_eps(unet, x, unet_t, common.index_condition(cond, idx))
 
+        # From noise down to the timestep of each expert.
         T = len(self.models.alpha_bar)
         timesteps, stop = trajectory(batch["t"], T, self.cfg.rollout_steps)
         x0 = batch["x0"]
@@ -361,6 +384,8 @@ class Policy:
                 predict_eps, xT, timesteps, stop, self.models.alpha_bar
             )
         item = {"x0": x0, "x_policy": x_policy, "eps_policy": eps_policy, "t": t}
+
+        # With --buffer: keep it, and learn from any that are there.
         if self.cfg.buffer:
             buffer = self.buffers[batch["number"]]
             buffer.push({**item, **cond})
@@ -386,8 +411,9 @@ def check_rollout(cfg, models):
 
 def trajectory(t, T, S):
     """The S timesteps of a trajectory that meets t (B,), T / S apart, and the step at which it
-    does: (S, B), (B,), on the CPU. The remainder of t shifts the whole trajectory, for each image
-    its own."""
+    does: (S, B), (B,), on the CPU."""
+    # With T = 1000, S = 20: t = 420 -> 970, 920, ..., 20, of which step 11 is 420. The remainder
+    # of t shifts the whole trajectory, so every timestep can be met, and each as often.
     t = t.cpu()
     spacing = T // S
     timesteps = torch.arange(S - 1, -1, -1)[:, None] * spacing + t % spacing
@@ -403,8 +429,9 @@ def start_noise(seed, index, shape):
 
 
 def values_to_log(losses, gap, err):
-    """policy_share is the policy samples' part of the gradient, measured at the UNet's predictions:
-    there the norm for an image is proportional to sqrt(err) where the hinge is on, else 0."""
+    """Scalars for the log; policy_share is the policy samples' part of the gradient."""
+    # It is measured at the UNet's predictions: the gradient of err = |pred - target|^2 has a norm
+    # proportional to sqrt(err), and the hinge passes it on, or gives 0. With M = 1 it is always 0.
     err_expert, err_policy = err.detach().chunk(2)
     active = (losses.detach() > 0).float()
     grad_expert = (err_expert.sqrt() * active).sum()
@@ -419,6 +446,15 @@ def values_to_log(losses, gap, err):
 
 
 # ------------------------------------------------------------------- choosing the experts
+def expert_samples(cfg, dist_info, models):
+    """The samples of the run, an expert each; and what `open_experts` tells of a choice."""
+    table, chosen = open_experts(cfg, dist_info)
+    rows = len(table.labels)
+    train_mask = torch.ones(rows, dtype=torch.bool)
+    sides = torch.zeros(rows, 1, dtype=torch.long)  # a row has one image
+    return common.SampleStream(cfg, dist_info, models, table, train_mask, sides), chosen
+
+
 def open_experts(cfg, dist_info):
     """The table of the experts; if they had to be chosen, also a dict with their file, the scores
     and the table of the pair set."""
@@ -435,6 +471,8 @@ def open_experts(cfg, dist_info):
 def top_experts(scores, k):
     """The k highest scoring of a pair set's unique (image, caption) items -> their (row, side,
     score), best first; of equal scores the earlier row. Labels have no say."""
+    # One entry an image: row 0 side 0, row 0 side 1, row 1 side 0, ... An image with its caption
+    # can stand in several pairs: the key tells.
     value = torch.stack([scores["score_0"], scores["score_1"]], 1).flatten()
     key = torch.stack([scores["key_0"], scores["key_1"]], 1).flatten()
     best_first = value.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)

@@ -46,10 +46,11 @@ def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
 
 
 def preference_probability(score_0, score_1, lo, hi):
-    """The probability (B,) that image 0 is preferred, from two scores (B,) of a reward model.
-
-    lo and hi are the smallest and largest score of the data set. Min-max normalised with them, the
-    scores go through a softmax over the two images, which is a sigmoid of their difference."""
+    """The probability (B,) that image 0 is preferred, from a reward model's scores (B,) of both; lo
+    and hi are the smallest and largest score of the data set."""
+    # Min-max normalised, a score is in [0, 1]. A softmax over two values is a sigmoid of their
+    # difference, so p lies between sigmoid(-1) = 0.27 and sigmoid(1) = 0.73: never 0 or 1, and
+    # near 1/2 for most pairs. gamma makes up for that.
     return torch.sigmoid((score_0 - score_1) / (hi - lo))
 
 
@@ -65,6 +66,7 @@ def smpo_loss(err, ref_err, p, beta, gamma):
     """SmPO, arXiv 2506.02698 Eq. 9. err, ref_err (2B,): denoising errors of the trained and of the
     frozen UNet, all images 0 first, then all images 1; p (B,). Returns the losses (B,) and the
     detached margin (B,), above 0 where the trained model has moved towards image 0."""
+    # Gradient on the margin at the start, where it is 0: -beta weight / 4, nothing where p = 1/2.
     log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
     log_ratio_0, log_ratio_1 = log_ratio.chunk(2)  # (B,) each
     margin = log_ratio_0 - log_ratio_1  # (B,)
@@ -158,12 +160,82 @@ def main(argv=None):
 def train(cfg, dist_info):
     models = common.Models(cfg, dist_info.device)
     ref = common.reference_unet(models, cfg)
+    table, scores = scored_table(cfg, dist_info)
+    lo, hi = reward_range(cfg, scores)
+    samples = training_samples(cfg, dist_info, models, table, scores)
+    common.prepare_output_dir(cfg, dist_info)
+    trainer = common.Trainer(cfg, dist_info, models, samples)
+    evaluation.keep_scores(cfg, scores, table, dist_info)
+    for micro_batches in trainer.steps():
+        for batch in micro_batches:
+            # Latents and captions of images 0, then of images 1. A pair shares its timestep.
+            x0 = batch["x0"]  # (2B, 4, h, w)
+            cond = batch["cond"]
+            t = batch["t"].repeat(2)  # (2B,)
 
-    # Rows to train on: those that people decided. Who won is not used: the reward says by how much.
+            # How probably image 0 is preferred: the label is not used, the reward says by how much.
+            p = preference_probability(batch["score_0"], batch["score_1"], lo, hi)  # (B,)
+
+            # x_t and its noise: found by inversion, or sampled (one noise for both images).
+            if cfg.inversion == "none":
+                eps = batch["noise"].repeat(2, 1, 1, 1)
+                xt = common.add_noise(x0, eps, t, models.alpha_bar)
+            else:
+                xt, eps = invert(cfg, models, trainer.no_grad_unet, x0, t, cond)
+            target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
+
+            # Denoising errors of the reference and of the trained model, (2B,) each. (With --lora
+            # the reference is the same UNet without its adapter, so it comes first.)
+            with torch.no_grad():
+                ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
+            err = denoising_error(models.predict(trainer.unet, xt, t, cond), target)
+
+            # Loss and gradient.
+            losses, margin = smpo_loss(err, ref_err, p, cfg.beta, cfg.gamma)  # (B,) each
+            trainer.backward(losses.mean(), values_to_log(margin, err, p))
+        # Clip, step, EMA, log, checkpoint.
+        trainer.optimizer_step()
+    trainer.finish()
+    evaluation.final_evaluation(cfg)
+
+
+@torch.no_grad()
+def invert(cfg, models, unet, x0, t, cond):
+    """Where the inversion of each image ends, and the noise that leads there: (xt, eps), both
+    (2B, 4, h, w). The current model inverts, without guidance, each image with its own caption. No
+    gradient flows through the inversion: xt and eps are data of the loss, as sampled noise is."""
+
+    def predict_eps(x, unet_t, idx):
+        return models.predict_eps(unet, x, unet_t, common.index_condition(cond, idx))
+
+    how = (cfg.inversion_steps, cfg.inversion, cfg.renoise)
+    return common.renoise_invert(predict_eps, x0, t, models.alpha_bar, *how)
+
+
+def values_to_log(margin, err, p):
+    """Scalars for the log, named as DPO's."""
+    # Here the winner is the image that the reward model prefers: the margin counts towards it.
+    prefers_0 = p > 0.5
+    err_0, err_1 = err.chunk(2)
+    margin = torch.where(prefers_0, margin, -margin)
+    return {
+        "accuracy": (margin > 0).float().mean(),
+        "margin": margin.mean(),
+        "err_winner": torch.where(prefers_0, err_0, err_1).mean(),
+        "err_loser": torch.where(prefers_0, err_1, err_0).mean(),
+    }
+
+
+def scored_table(cfg, dist_info):
+    """The set's rows, and the reward model's scores of all of them (made now, or kept)."""
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
     scores = evaluation.pair_scores(cfg, table, dist_info)
     table.check_scores(scores, cfg)
-    lo, hi = reward_range(cfg, scores)
+    return table, scores
+
+
+def training_samples(cfg, dist_info, models, table, scores):
+    """The samples of the run: rows that people decided and that have both scores, image 0 first."""
     has_scores = scores["score_0"].isfinite() & scores["score_1"].isfinite()
     samples = common.SampleStream(
         cfg,
@@ -176,65 +248,7 @@ def train(cfg, dist_info):
         score_1=scores["score_1"],
     )
     table.check_scores(scores, cfg)  # again: now the images that are used have been read
-
-    common.prepare_output_dir(cfg, dist_info)
-    trainer = common.Trainer(cfg, dist_info, models, samples)
-    evaluation.keep_scores(cfg, scores, table, dist_info)
-    for micro_batches in trainer.steps():
-        for batch in micro_batches:
-            # Latents and captions of images 0, then of images 1. A pair shares its timestep.
-            x0 = batch["x0"]
-            cond = batch["cond"]
-            t = batch["t"].repeat(2)
-            p = preference_probability(batch["score_0"], batch["score_1"], lo, hi)
-
-            def predict_eps(
-                x, unet_t, idx
-            ):  # the current model, no guidance, the images' own captions
-                cond_idx = common.index_condition(cond, idx)
-                return models.predict_eps(trainer.no_grad_unet, x, unet_t, cond_idx)
-
-            with torch.no_grad():
-                # x_t and its noise: found by inversion, or sampled (one noise for both images).
-                if cfg.inversion == "none":
-                    eps = batch["noise"].repeat(2, 1, 1, 1)
-                    xt = common.add_noise(x0, eps, t, models.alpha_bar)
-                else:
-                    xt, eps = common.renoise_invert(
-                        predict_eps,
-                        x0,
-                        t,
-                        models.alpha_bar,
-                        cfg.inversion_steps,
-                        cfg.inversion,
-                        cfg.renoise,
-                    )
-                target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
-
-                # Denoising error of the reference model. (With --lora it is the same UNet without
-                # its adapter, so it comes before the trained pass.)
-                ref_err = denoising_error(models.predict(ref, xt, t, cond), target)
-
-            # Denoising error of the trained model, loss and gradient.
-            err = denoising_error(models.predict(trainer.unet, xt, t, cond), target)
-            losses, margin = smpo_loss(err, ref_err, p, cfg.beta, cfg.gamma)
-            trainer.backward(losses.mean(), values_to_log(margin, err, p))
-        trainer.optimizer_step()
-    trainer.finish()
-    evaluation.final_evaluation(cfg)
-
-
-def values_to_log(margin, err, p):
-    """As DPO's log: here the winner is the image that the reward model prefers."""
-    prefers_0 = p > 0.5
-    err_0, err_1 = err.chunk(2)
-    margin = torch.where(prefers_0, margin, -margin)
-    return {
-        "accuracy": (margin > 0).float().mean(),
-        "margin": margin.mean(),
-        "err_winner": torch.where(prefers_0, err_0, err_1).mean(),
-        "err_loser": torch.where(prefers_0, err_1, err_0).mean(),
-    }
+    return samples
 
 
 def forget_released_range(cfg):
@@ -247,11 +261,12 @@ def forget_released_range(cfg):
 
 def reward_range(cfg, scores):
     """(lo, hi) for the normalisation: as given, or the smallest and largest score of the whole set,
-    ties included. What is found goes into cfg: config.json records it, and a resume compares it."""
+    ties included. InputError where they are equal."""
     all_scores = torch.cat([scores["score_0"], scores["score_1"]])
     all_scores = all_scores[all_scores.isfinite()]
     if not len(all_scores):
         raise common.InputError(f"--data {cfg.data}: no image of it has a score")
+    # What is found goes into cfg: config.json records it, and a resume compares it.
     if cfg.reward_min is None:
         cfg.reward_min = all_scores.min().item()
     if cfg.reward_max is None:
