@@ -50,6 +50,12 @@ from typing import Literal
 
 
 # ------------------------------------------------------------------------------- 1. win rates
+# Two models draw the same prompts from the same noise. Of 3 prompts with 2 images each:
+#
+#     a = [[.9, .4], [.5, .5], [.2, .8]]     b = [[.7, .6], [.5, .1], [.3, .1]]
+#     A beats B: 1, 0; 1/2, 1; 0, 1          points 1/2, 3/4, 1/2     win 58 %
+#
+# The interval says how much of that is the luck of these prompts.
 def win_rate(a, b, seed=0):
     """How often A beats B on the same prompt and seed.
 
@@ -87,7 +93,10 @@ def win_rate(a, b, seed=0):
 # ----------------------------------------------------------------------- 2. published weights
 # Some scorers are published as a bare state dict in the layout of their authors' code. They are
 # loaded into transformers' modules by renaming the keys, so that no other package is needed.
-# Each table holds (regular expression, replacement), applied to a key from top to bottom.
+# Each table holds (regular expression, replacement), applied to a key from top to bottom, e.g.
+#     visual.transformer.resblocks.0.attn.out_proj.bias
+#     -> vision_model.encoder.layers.0.self_attn.out_proj.bias
+# What is missing or left over after that is an error: see load_strict.
 OPEN_CLIP_TO_CLIP = (
     # transformer layers
     (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
@@ -214,9 +223,10 @@ def linear_chain(weights):
     return chain
 
 
+# CLIP sees image and caption apart and compares two vectors. BLIP's text encoder reads the caption
+# while it attends to the image in every layer, so its first token can judge how they fit.
 class ImageReward(nn.Module):
-    """BLIP reads the caption while it looks at the image; a head on the first token rates the two
-    (arXiv 2304.05977)."""
+    """BLIP with a head on the first token of the caption (arXiv 2304.05977)."""
 
     def __init__(self, vision, text, head):
         super().__init__()
@@ -347,8 +357,9 @@ class Scorer:
 
 @contextmanager
 def exact_fp32():
-    """Without TF32, which common.init_distributed allows for the training: it keeps 10 bits of each
-    factor, and the two images of a pair may differ by less."""
+    """Without TF32, which common.init_distributed allows for the training."""
+    # TF32 keeps 10 bits of each factor, and the two images of a pair may differ by less. Those
+    # differences are what SmPO trains on.
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -434,6 +445,7 @@ class ClipScorer(Scorer):
 
 def require_fitting_tokenizer(tokenizer, config):
     """InputError where a CLIP text encoder would read this tokenizer's output wrongly."""
+    # Nothing fails by itself then: all texts would get some score, and a wrong one.
     # The text feature is taken at the end of text. Where there is none, it would silently be taken
     # at the first token, the same for all texts. (2 is how old configs spell "the largest id".)
     ids = tokenizer("a photo").input_ids
@@ -648,6 +660,12 @@ def open_scorer(kind, name, files, device, dtype):
 
 
 # ------------------------------------------------------------------- 4. scores of pair sets
+# What smpo.py and dro.py need of a reward model is one number for each image of each pair. These
+# are computed once, before the training, for every row of the set, and kept in two places: in
+# --cache, under the content of each (image, caption) item, and beside the run, by row.
+#
+#     scores["score_0"][r]   the reward of image 0 of row r; NaN where it does not decode
+#     scores["key_0"][r]     its item's key, by which a later run can tell that it is the same image
 @dataclass
 class RewardConfig(common.TrainConfig):
     """Training's options with those of the methods that ask a reward model: see `pair_scores`."""
@@ -686,13 +704,14 @@ def score_pairs(table, score, cache, title, dist_info):
     """Score both images of every row of a pair set. The ranks share the work.
 
     table: common.RowTable with R rows; score: Scorer; cache: folder that keeps each score under the
-    content of its (image, caption) item. So an item is scored once, a killed scoring goes on, and
-    of a changed set only what changed is scored.
+    content of its (image, caption) item.
 
     Returns {"score_0", "score_1": (R,) fp32, NaN where an image does not decode; "key_0", "key_1":
     (R,) int64, equal where image and caption are}.
     """
 
+    # An item is scored once, wherever it stands. A killed scoring goes on, and of a changed set
+    # only what changed is scored.
     def prepare(item):
         # In a thread, which lets go of the decoded image: only what the model needs of it waits.
         image_bytes, caption = item
@@ -792,6 +811,10 @@ def load_scores(path):
 
 
 # ---------------------------------------------------------------------------------- 5. images
+# Drawing is what an evaluation costs. So images are files under a name that follows from all they
+# depend on (weights, prompts, settings, libraries): what is there is never drawn again, and nothing
+# that is there can be out of date.
+#
 # Latents are not confined to [-1, 1]: they are never clipped, whatever a scheduler's config says.
 SCHEDULERS = {
     # deterministic; adds noise at every step; a second-order solver that needs about 20 steps
@@ -830,8 +853,8 @@ def latent_size(pipe):
 def load_comparison_unet(pipe, path):
     """The UNet that stands in for the pipeline's own, in its dtype; path None: the pipeline's own.
 
-    path: a run's folder, its unet/ or lora/, or a hub repository. A LoRA is merged into a copy of
-    the UNet that it was trained on. InputError if it cannot be loaded, or its sizes differ.
+    path: a run's folder, its unet/ or lora/, or a hub repository. InputError if it cannot be
+    loaded, or its sizes differ.
     """
     own = pipe.unet
     if path is None:
@@ -841,8 +864,9 @@ def load_comparison_unet(pipe, path):
     # A whole UNet
     if lora is None:
         return common.load_unet(path, own).to(own.dtype)
-    # A LoRA, of the pipeline's UNet or of the run's --unet. diffusers merges into the pipeline that
-    # it is given, so that has the copy for as long; in fp32, where a small update is not lost.
+    # A LoRA is merged into a copy of the UNet that it was trained on: the pipeline's, or the run's
+    # --unet. diffusers merges into the pipeline that it is given, so that has the copy for as long;
+    # in fp32, where a small update is not lost.
     start = (common.read_run_config(lora.parent) or {}).get("unet")
     pipe.unet = common.load_unet(start, own) if start else copy.deepcopy(own).float()
     try:
@@ -891,11 +915,10 @@ def hash_images(pipe, cfg, unets, prompts, dist_info):
 
 
 def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
-    """Draw the images that a folder lacks; returns all of its files, (P prompts)(N images).
-
-    The ranks take batches in turn. A batch is drawn completely or not at all, so that neither the
-    number of GPUs nor a restart changes a bit of it.
-    """
+    """Draw the images that a folder lacks; returns all of its files, (P prompts)(N images)."""
+    # The ranks take batches in turn. A batch is drawn completely or not at all: the last bits of an
+    # image depend on those it was drawn with, and neither the number of GPUs nor a restart should
+    # change a bit of it.
     numbers = range(cfg.images_per_prompt)
     files = [[folder / f"{i:05d}_{j}.png" for j in numbers] for i in range(len(prompts))]
     # Which batches are this rank's, and which of them are not complete?
@@ -965,6 +988,8 @@ def read_images(folder, prompts):
 
 
 # ------------------------------------------------------------------------------ 6. comparison
+# The order of an evaluation: load and try every scorer; load and hash every UNet; draw; score;
+# write. What can fail does so in the first minute, not after the hours of drawing.
 def usable_scorers(cfg, wanted, image, prompt, dist_info):
     """Load each scorer and try it on one image, before anything is drawn.
 
@@ -1093,7 +1118,8 @@ def open_image(file):
 def keep_median(scores, median_by):
     """For each prompt and model, keep only the image of median score by one scorer (the lower one
     of an even number): arXiv 2510.18353's rule. (P, N) tables become (P, 1)."""
-    # One scorer chooses, and all scorers rate its choice.
+    # One scorer chooses, and all scorers rate its choice. E.g. PickScores .1, .9, .4 of a prompt's
+    # three images: the third stands for the model, also in the table of aesthetic scores.
     kept = {name: {} for name in scores}
     for model, values in scores[median_by].items():
         order = np.argsort(values, axis=1, kind="stable")
@@ -1170,6 +1196,7 @@ def in_percent(rate):
 
 
 # -------------------------------------------------------------------------------- 7. pictures
+# With Pillow alone: a plotting library would be one more dependency for three simple pictures.
 GREEN = "#1a7f37"
 RED = "#c93c37"
 GREY = "#6e7781"
@@ -1332,6 +1359,7 @@ def draw_curve(draw, frame, name, steps, values):
 
 
 # -------------------------------------------------------------------------------- 8. training
+# A training run ends with an evaluation, so what that needs is tried before the training begins.
 def evaluation_prompts(cfg):
     """(prompts, images of each) for a run's --eval_prompts images of each model."""
     # With fewer prompts than images, each prompt gets several: 256 images of 128 prompts are two
@@ -1386,6 +1414,8 @@ def final_evaluation(cfg):
 
 
 # ---------------------------------------------------------------------------- 9. command line
+# Three uses: draw with several UNets and compare (--model, --unet, --prompts); compare images that
+# are there already (--images, --prompts); score a pair set (--data, --scores_out).
 @dataclass
 class Config:
     # What to draw with
@@ -1483,8 +1513,8 @@ def wanted_scorers(names, paths):
 
 
 def named_unets(cfg, dist_info):
-    """{name: place} of the UNets to compare: the model's own is "initial", runs/smpo/unet "smpo",
-    NAME=FOLDER what it says. InputError where two have one name."""
+    """{name: place} of the UNets to compare. InputError where two have one name."""
+    # The model's own is called "initial", runs/smpo/unet "smpo", NAME=FOLDER what it says.
     items = find_runs(cfg.model, dist_info) if cfg.unet is None else cfg.unet
     unets = {"initial": None}
     for item in items:
