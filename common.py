@@ -1072,21 +1072,29 @@ class LoraView:
 
     # Gradient checkpointing runs parts of the trained forward again during the backward pass, with
     # whatever adapter is active then. So each call here ends with the trained adapter active again.
-
+    # The layers are switched one by one: the UNet's own methods search all its modules for them,
+    # which takes 50 ms a call for SDXL's, in place of 14.
     def __init__(self, unet, name):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         self.unet = unet
         self.name = name
+        self.layers = [part for part in unet.modules() if isinstance(part, BaseTunerLayer)]
 
     def __call__(self, *args, **kwargs):
-        if self.name is None:
-            self.unet.disable_adapters()
-        else:
-            self.unet.set_adapter(self.name)
+        for layer in self.layers:
+            if self.name is None:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(self.name)
         try:
             return self.unet(*args, **kwargs)
         finally:
-            self.unet.enable_adapters()
-            self.unet.set_adapter("default")
+            for layer in self.layers:
+                if self.name is None:
+                    layer.enable_adapters(True)
+                else:
+                    layer.set_adapter("default")
 
     def parameters(self):
         return [weight for key, weight in self.unet.named_parameters() if f".{self.name}." in key]
