@@ -55,9 +55,10 @@ def preference_probability(score_0, score_1, lo, hi):
 
 
 # Smoothing replaces each likelihood by a mixture in which the other image has a part (Eq. 8):
-#     p~(x_0) = p(x_0)^alpha  p(x_1)^(gamma - alpha)
-#     p~(x_1) = p(x_1)^alpha  p(x_0)^(gamma - alpha)
-# With L_i = log(p_theta(x_i) / p_ref(x_i)), the difference of the two log-ratios in DPO becomes
+#     p_theta(x_0)  ->  p_theta(x_0)^alpha  p_theta(x_1)^(gamma - alpha)
+#     p_theta(x_1)  ->  p_theta(x_1)^alpha  p_theta(x_0)^(gamma - alpha)
+# and p_ref likewise. With L_i = log(p_theta(x_i) / p_ref(x_i)), the difference of the two
+# log-ratios in DPO becomes
 #     alpha L_0 + (gamma - alpha) L_1 - alpha L_1 - (gamma - alpha) L_0
 #         = (2 alpha - gamma) (L_0 - L_1),
 # and with alpha = gamma p the weight is gamma (2p - 1). Its sign says which image is preferred; it
