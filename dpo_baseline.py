@@ -123,8 +123,8 @@ def train(cfg, dist_info):
             cond = batch["cond"]
             images = len(x0) // len(batch["t"])  # of a row: 2, or 1 with --sft
 
-            # Both images of a pair get one timestep and one noise. So the margin compares the
-            # images: two noises would differ by more than two images do.
+            # Both images of a pair get one timestep and one noise: so the difference of their
+            # errors comes from the images alone.
             t = batch["t"].repeat(images)  # (2B,)
             eps = batch["noise"].repeat(images, 1, 1, 1)
             xt = common.add_noise(x0, eps, t, models.alpha_bar)

@@ -280,7 +280,7 @@ def train(cfg, dist_info):
             item = policy.sample(batch, trainer)
             x0 = item["x0"]  # (B, 4, h, w) the experts
             t = item["t"]  # (B,)
-            x_policy = item["x_policy"]  # (B, 4, h, w) noised as it came, never clean
+            x_policy = item["x_policy"]  # (B, 4, h, w) at timestep t: sampling stopped there
             eps_policy = item["eps_policy"]
 
             # x_t: of the experts with sampled noise, then of the policy. An expert's target is that
