@@ -7,12 +7,12 @@ winner over that of the loser, relative to a frozen reference model. A diffusion
 cannot be computed, but its denoising error at a random timestep stands in for it: the smaller the
 error, the more likely the image.
 
-    paper         here      shape
-    x_0^w, x_0^l  x0        (2B, 4, h, w)  latents: winners of the micro-batch, then losers
-    epsilon       eps       (2B, 4, h, w)  sampled noise; a pair shares it, like t and the caption
-    |. - eps_theta|^2  err  (2B,)          denoising error of the trained UNet (a mean, in fp32)
-    |. - eps_ref|^2  ref_err (2B,)         the same of the frozen initial UNet
-    beta T omega  beta      float          KL strength, with T, the weighting omega and a factor
+    paper                here      shape
+    x_0^w, x_0^l         x0        (2B, 4, h, w)  latents: winners of the micro-batch, then losers
+    epsilon              eps       (2B, 4, h, w)  sampled noise; a pair shares it, as t and caption
+    |eps - eps_theta|^2  err       (2B,)          denoising error of the trained UNet, a mean
+    |eps - eps_ref|^2    ref_err   (2B,)          the same of the frozen initial UNet
+    beta T omega(t)      beta      float          KL strength; T, omega and constants are in it
 
     torchrun dpo_baseline.py                                     # the tiny world, CPU, minutes
     torchrun dpo_baseline.py --preset sd15 --model M --data D    # one GPU
@@ -32,17 +32,19 @@ def denoising_error(eps_pred, eps):
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
-# With x_t of an image and noise eps, log p_theta(x_0) is estimated by -err / 2, up to a constant
-# and a weight that are the same for both models. So the log-likelihood ratio of trained and
-# reference model is (ref_err - err) / 2, and the DPO loss of language models, -log sigmoid(beta
-# (log-ratio of the winner - log-ratio of the loser)), becomes the one below. The factor 1/2 stays
-# visible: released code has it, and so do published betas.
+# The likelihood bound of a diffusion model is a sum over timesteps of squared errors over 2. So at
+# one sampled t, -err / 2 estimates log p_theta(x_0), up to a constant and a weight that are the
+# same for both models. The log-ratio log(p_theta / p_ref) is then (ref_err -
+# err) / 2, and the DPO loss of language models,
+#     -log sigmoid(beta (log-ratio of the winner - log-ratio of the loser)),
+# becomes the one below. Its log_ratio is twice the log-ratio, and the 1/2 stands beside beta: so it
+# does in released code, and published betas are meant that way.
 def dpo_loss(err, ref_err, beta):
     """Diffusion-DPO, arXiv 2311.12908 Eq. 14. err, ref_err (2B,): denoising errors of the trained
     and of the frozen UNet, all winners first, then all losers. Returns the losses (B,) and the
     detached margin (B,), above 0 where the trained model prefers the winner more than the reference
-    does."""
-    log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
+    prefers it."""
+    log_ratio = ref_err - err  # (2B,) twice log(p_theta / p_ref): above 0 where training has helped
     log_ratio_winner, log_ratio_loser = log_ratio.chunk(2)  # (B,) each
     margin = log_ratio_winner - log_ratio_loser  # (B,)
     # At the start the models are equal: margin 0, loss log 2, gradient -beta / 4 on the margin.
@@ -57,13 +59,15 @@ class Config(common.TrainConfig):
     scores: str | None = option(None, "scores file: it says who won; human ties still stay out")
 
 
-# sd15 and sdxl are the launchers of the released code: 2,000 steps of 2,048 pairs at lr 1e-8 x
-# 2048, beta 5,000, caption dropout 0.2, each image flipped on its own; SDXL with Adafactor and a
-# warm-up of 200. (The paper's text has beta 2,000 for SD1.5, lr (2000 / beta) 2.048e-8 and a
-# warm-up of 25 %.) The paper's SFT runs as long, at a tenth of the learning rate: --sft --lr
-# 2.048e-6. It reports that any amount of SFT makes SDXL worse. Ours: precision, micro-batch,
-# checkpointing, clip. tiny: searched, see tests/tiny/searches.md.
-# --lora needs a larger lr; nothing is published. Of three tried on the tiny world, 2e-3 was best.
+# Where the values of the presets are from:
+# - sd15 and sdxl are the launchers of the released code: 2,000 steps of 2,048 pairs at lr 1e-8 x
+#   2048, beta 5,000, caption dropout 0.2, each image flipped on its own; SDXL with Adafactor and a
+#   warm-up of 200.
+# - The paper's text has other values: beta 2,000 for SD1.5, lr (2000 / beta) 2.048e-8, a warm-up
+#   of 25 %. Its SFT runs as long, at a tenth of the learning rate: --sft --lr 2.048e-6. It reports
+#   that any amount of SFT makes SDXL worse.
+# - Ours are precision, micro-batch, checkpointing and clip. tiny: see tests/tiny/searches.md.
+# - --lora needs a larger lr; nothing is published. Of three tried on the tiny world, 2e-3 was best.
 TINY = common.tiny_preset("dpo") | {
     "steps": 100,
     "batch": 32,
@@ -105,7 +109,7 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, argv)
     dist_info = common.init_distributed()
     common.validate_config(cfg, dist_info)
-    evaluation.test_run_judge(cfg)
+    evaluation.test_run_judge(cfg)  # what would fail after the training should fail now
     with common.output_lock(cfg, dist_info):
         train(cfg, dist_info)
 
@@ -118,15 +122,16 @@ def train(cfg, dist_info):
     trainer = common.Trainer(cfg, dist_info, models, samples)
     for micro_batches in trainer.steps():
         for batch in micro_batches:
-            # Latents and captions: all winners, then all losers (with --sft the winners alone).
+            # Latents and captions: all winners, then all losers. (With --sft the winners alone:
+            # then B stands where 2B does below.)
             x0 = batch["x0"]  # (2B, 4, h, w)
             cond = batch["cond"]
-            images = len(x0) // len(batch["t"])  # of a row: 2, or 1 with --sft
+            images_per_row = len(x0) // len(batch["t"])
 
             # Both images of a pair get one timestep and one noise: so the difference of their
             # errors comes from the images alone.
-            t = batch["t"].repeat(images)  # (2B,)
-            eps = batch["noise"].repeat(images, 1, 1, 1)
+            t = batch["t"].repeat(images_per_row)  # (2B,)
+            eps = batch["noise"].repeat(images_per_row, 1, 1, 1)
             xt = common.add_noise(x0, eps, t, models.alpha_bar)
             target = models.target(x0, eps, t)  # eps itself, or v for v-prediction models
 
@@ -155,7 +160,7 @@ def training_samples(cfg, dist_info, models):
     # SFT has no use for the loser, and takes sets of single images too.
     layouts = (common.PAIR_COLUMNS, common.IMAGE_COLUMNS) if cfg.sft else (common.PAIR_COLUMNS,)
     table = common.RowTable(cfg, dist_info, *layouts)
-    wins_0 = table.labels > 0.5  # (R,) image 0 won
+    wins_0 = table.labels > 0.5  # (R,) labels are 1 where image 0 won, 0 where image 1 did
     train_mask = table.labels != 0.5
 
     # --scores says who won; a human tie stays out all the same.
@@ -169,11 +174,13 @@ def training_samples(cfg, dist_info, models):
         train_mask &= decided & scores["score_0"].isfinite() & scores["score_1"].isfinite()
 
     # Which images of a row a sample has: (R, 2), e.g. [1, 0] where image 1 won; SFT: (R, 1).
-    winner = (~wins_0).long()
-    sides = winner[:, None] if cfg.sft else torch.stack([winner, 1 - winner], 1)
+    winner_side = (~wins_0).long()  # (R,) 0 or 1
+    both_sides = torch.stack([winner_side, 1 - winner_side], 1)
+    sides = winner_side[:, None] if cfg.sft else both_sides
     samples = common.SampleStream(cfg, dist_info, models, table, train_mask, sides)
     if scores:
-        table.check_scores(scores, cfg)  # again, now that the images have been read
+        # Again: the line above has read images, whose keys can now be compared too.
+        table.check_scores(scores, cfg)
     return samples
 
 

@@ -7,15 +7,16 @@ a sample of the current policy, relative to a frozen reference model, until a ma
 then a hinge switches it off. The policy's samples are made while training runs, each only up to the
 timestep that is needed. (The experts may be chosen by a reward model, before training.)
 
-    paper            here          shape
-    x_0^e            x0            (B, 4, h, w)  latents of the experts
-    epsilon~         noise         (B, 4, h, w)  sampled noise, for the experts
-    x_t, epsilon     x_policy,     (B, 4, h, w)  the policy's sample at timestep t, and
-                     eps_policy                  the policy's own prediction there
-    |. - eps_phi|^2  err           (2B,)         error of the trained UNet: experts, then samples
-    |. - eps_ref|^2  ref_err       (2B,)         the same of the frozen initial UNet
-    m                margin        float         in units of the error, a mean over C, h, w
-    M                refresh_every int           updates until the policy is the trained UNet again
+    paper              here           shape
+    x_0^e              x0             (B, 4, h, w)  latents of the experts
+    epsilon~           noise          (B, 4, h, w)  sampled noise, for the experts
+    x_t                x_policy       (B, 4, h, w)  the policy's sample at timestep t
+    epsilon            eps_policy     (B, 4, h, w)  the policy's own prediction there
+    |eps - eps_phi|^2  err            (2B,)         error of the trained UNet: experts, then samples
+    |eps - eps_ref|^2  ref_err        (2B,)         the same of the frozen initial UNet
+    m                  margin         float         in units of the error, a mean over C, h, w
+    M                  refresh_every  int           updates between copies of the trained UNet to
+                                                    the policy; 1: the policy is the trained UNet
 
 What changes against dpo_baseline.py:
     1. dro_loss: a hinge on the gap of two log-ratios, not a sigmoid of a human's choice
@@ -24,13 +25,17 @@ What changes against dpo_baseline.py:
     4. before training, the K best images of a pair set are chosen, or --data is a set of images
 
 With M = 1 and no buffer **the policy's term has no gradient**: the policy is the trained UNet, so
-its error against its own prediction is 0, at a minimum. What remains is fine-tuning on the experts,
-each switched off once it has gained more than the margin plus what the model has drifted from the
-reference on its own samples. The trained UNet is then not run on the policy's samples at all.
+its error against its own prediction is 0, at a minimum, and the trained UNet need not be run on its
+samples at all. The loss is then
+
+    relu(ref_err of the sample - 0 - (ref_err of the expert - err of the expert) + m):
+
+fine-tuning on the experts, each switched off once training has lowered its error by more than m
+plus what the model has drifted from the reference on its own samples.
 
     torchrun dro.py                                            # the tiny world, CPU, minutes
-    torchrun dro.py --preset sd15 --model M --data D           # one GPU
-    torchrun --nproc_per_node=8 dro.py --preset sdxl --model M --data D   # no published result
+    torchrun dro.py --preset sd15 --model MODEL --data DATA    # one GPU
+    torchrun --nproc_per_node=8 dro.py --preset sdxl --model MODEL --data DATA   # unpublished
 """
 
 import common
@@ -49,16 +54,16 @@ def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
 
 
 # Max-margin inverse reinforcement learning: find a reward under which experts are better than what
-# the best policy for that reward does. With the reward log(p_phi / p_ref), and the policy held to
-# p_ref by a KL term, the best policy is p_phi itself: so it is a copy of the trained model.
-# Denoising errors stand in for log-likelihoods, as in DPO; the factor 1/2 is part of the margin
-# here.
+# the best policy for that reward does. Take the reward log(p_phi / p_ref), p_phi being the trained
+# model (p_theta in the other files). The best policy for it, held to p_ref by a KL term of weight
+# 1, is proportional to p_ref exp(reward) = p_phi: so the policy is a copy of the trained model.
+# Denoising errors stand in for log-likelihoods, as in DPO; the factor 1/2 is part of the margin.
 def dro_loss(err, ref_err, margin):
     """Diffusion-DRO, arXiv 2510.18353 Eq. 15, as relu(gap + m): the paper's max(-m, gap), plus m.
     err, ref_err (2B,): denoising errors of the trained and of the frozen UNet, experts first, then
     policy samples. Returns the losses (B,) and the detached gap (B,): here, unlike DPO's margin,
     smaller is better, and below -margin there is nothing left to learn."""
-    log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
+    log_ratio = ref_err - err  # (2B,) twice log(p_phi / p_ref), see dpo_baseline.py
     log_ratio_expert, log_ratio_policy = log_ratio.chunk(2)  # (B,) each
     gap = log_ratio_policy - log_ratio_expert  # (B,)
     # margin > 0: at the start every gap is 0, and without a margin relu would give no gradient.
@@ -76,21 +81,22 @@ def dro_loss(err, ref_err, margin):
 #         if k == stop: return x, eps
 #         x0 = (x - sigma[k] eps) / alpha[k]
 #         h = lam[k + 1] - lam[k]                                      # the solver's step size
-#         direction = x0 + h / (2 h_before) (x0 - x0_before)           # in the first step: x0
+#         direction = x0 + h / (2 h_before) (x0 - x0_before)           # in the first step: x0;
+#                                                                      # "before": of step k - 1
 #         x = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
 #
-# "2M" says: second order, with one earlier prediction in memory. The solver extrapolates x0
-# linearly in lam from the last two predictions. Here each image of a batch has its own timesteps
+# "2M" stands for second-order multistep: the solver extrapolates x0 linearly in lam from the last
+# two predictions. Here each image of a batch has its own timesteps
 # and its own stop, so the coefficients are tables, made ahead by `rollout_plan`.
 def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
     """Sample with DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), each image on its own timesteps
     and only as far as it is wanted.
 
-    xT (B, C, h, w): pure noise. timesteps (S, B) long, descending; stop (B,) long in [0, S): the
-    step whose (x_t, eps) is wanted; both best kept on the CPU. eps_fn(x (n, C, h, w), t (n,), idx
-    (n,)) -> eps, where idx says which images these are. Returns (xt, eps, t): (B, C, h, w) twice,
-    and (B,), at each image's own stop. To copy it elsewhere, take `rollout_plan` and
-    common.to_device with it."""
+    xT (B, C, h, w): pure noise, taken for the latents at timesteps[0]. timesteps (S, B) long,
+    descending; stop (B,) long in [0, S): the step whose (x_t, eps) is wanted; both on the CPU, or
+    reading them waits for the GPU. eps_fn(x (n, C, h, w), t (n,), idx (n,)) -> eps, where idx says
+    which images these are. Returns (xt, eps, t): (B, C, h, w) twice, and (B,), at each image's own
+    stop. To copy it elsewhere, take `rollout_plan` and common.to_device with it."""
     x = xT.clone()
     eps = torch.empty_like(xT)
     x0_before = torch.zeros_like(xT)
@@ -100,7 +106,7 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
         x0 = (x[idx] - step["sigma"] * eps_now) / step["alpha"]
         direction = x0 + step["extrapolation"] * (x0 - x0_before[idx])
         x[idx] = step["coef_x"] * x[idx] + step["coef_x0"] * direction
-        eps[idx] = eps_now
+        eps[idx] = eps_now  # the last one stays
         x0_before[idx] = x0
     return x, eps, timesteps.cpu().gather(0, stop.cpu()[None])[0]
 
@@ -112,7 +118,8 @@ def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
 #     image 1, its step k   0    1    2    3
 #
 # So the last prediction is made for the whole batch at once, as the reference's will be, and the
-# two are equal to the bit where the models are. In it coef_x = 1 and coef_x0 = 0: x_t stays.
+# two are equal to the bit where the models are. An image's last step has coef_x = 1 and coef_x0 =
+# 0: its x_t stays as it is.
 def rollout_plan(timesteps, stop, alpha_bar, device):
     """The steps of a batch's rollout, each a dict of its n images' numbers: idx (n,), t (n,), and
     the coefficients (n, 1, 1, 1). Everything is made on the CPU in double precision and sent in one
@@ -125,7 +132,9 @@ def rollout_plan(timesteps, stop, alpha_bar, device):
     coef_x = torch.cat([sigma[1:] / sigma[:-1], zeros])  # no step leaves the last timestep
     coef_x0 = torch.cat([-alpha[1:] * torch.expm1(-h), zeros])
     # How far to go on along the line through the last two predictions of x0.
-    extrapolation = torch.cat([zeros, h[1:] / (2 * h[:-1]), zeros])[: len(ab)]  # none at k = 0
+    # None at k = 0, which has no prediction before. (The zeros at the end of the three tables stand
+    # for steps that nobody takes; the slice is for S = 1.)
+    extrapolation = torch.cat([zeros, h[1:] / (2 * h[:-1]), zeros])[: len(ab)]
     last = int(stop.max())
     table = []
     for step in range(last + 1):
@@ -156,7 +165,8 @@ def rollout_plan(timesteps, stop, alpha_bar, device):
 
 
 # A sample drawn again has been made by an older policy, so the trained UNet no longer predicts what
-# stands in it, and the policy's term has a gradient. The same is true of M > 1.
+# stands in it, and the policy's term has a gradient. (M > 1 does the same, but in the first step
+# after each copy.)
 class ReplayBuffer:
     """The last `size` items, first in, first out. A policy sample fixes timestep and caption, so an
     item holds its expert too; the expert's noise is sampled anew each time."""
@@ -175,7 +185,7 @@ class ReplayBuffer:
             self.items[name] = torch.cat([old, new])[-self.size :]
 
     def sample(self, n, generator):
-        """A dict of (n, ...) tensors; no item comes twice while there are n."""
+        """A dict of (n, ...) tensors, drawn without replacement if there are n, else with."""
         if len(self) >= n:
             order = torch.randperm(len(self), generator=generator)[:n]
         else:
@@ -192,7 +202,9 @@ class ReplayBuffer:
 
 @dataclass
 class Config(evaluation.RewardConfig):
-    margin: float = option(0.001, "how far an expert's log-ratio should exceed the policy's", ">0")
+    margin: float = option(
+        0.001, "how far ref_err - err of an expert should exceed that of a policy sample", ">0"
+    )
     rollout_steps: int = option(20, "DPM-Solver++ steps of a whole trajectory", ">0")
     refresh_every: int = option(
         1, "M: updates between copies to the policy; above 1: lower --lr", ">0"
@@ -203,18 +215,20 @@ class Config(evaluation.RewardConfig):
     experts: int = option(500, "K best images of a pair set; a set of images is taken whole", ">0")
 
 
-# sd15 is the released launcher: 1,600 updates of 256 experts, constant lr, margin 0.001, M = 1,
-# caption dropout 0.2, flips, EMA, the 500 best images. Its learning rate is 1e-4 on pure bf16
-# weights, where most updates are too small to change a weight; on fp32 weights that is a far
-# stronger recipe. 1e-5 is ours and has not been run. (Its EMA decay of 0.9999 is nominal: in 1,600
-# updates the warm-up (1 + n) / (10 + n) never lets it beyond 0.995.) The paper's main experts are
-# HPSv2's: score the set with
-#     eval.py --data D --scorers hpsv2.0 --scores_out hps.safetensors
-# and train with --scores hps.safetensors.
-# The default here is PickScore's, the paper's second choice, which one command can do.
-# sdxl is a code path without a published result. Ours: precision, micro-batch, checkpointing, clip.
-# tiny: searched, see tests/tiny/searches.md.
-# --lora needs a larger lr; nothing is published, and none was searched for DRO.
+# Where the values of the presets are from:
+# - sd15 is the released launcher: 1,600 updates of 256 experts, constant lr, margin 0.001, M = 1,
+#   caption dropout 0.2, flips, EMA, the 500 best images. (Its EMA decay of 0.9999 is nominal: in
+#   1,600 updates the warm-up (1 + n) / (10 + n) never lets it beyond 0.995.)
+# - The learning rate is ours, and has not been run. The launcher's 1e-4 is for pure bf16 weights,
+#   where most updates are too small to change a weight; on fp32 weights that is a far stronger
+#   recipe.
+# - The paper's main experts are HPSv2's: score the set with
+#       eval.py --data D --scorers hpsv2.0 --scores_out hps.safetensors
+#   and train with --scores hps.safetensors. The default here is PickScore's, the paper's second
+#   choice, which one command can do.
+# - sdxl is a code path without a published result. Ours are also precision, micro-batch,
+#   checkpointing and clip. tiny: see tests/tiny/searches.md.
+# - --lora needs a larger lr; nothing is published, and none was searched for DRO.
 TINY = common.tiny_preset("dro") | {
     "steps": 60,
     "batch": 32,
@@ -259,7 +273,7 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, argv)
     dist_info = common.init_distributed()
     common.validate_config(cfg, dist_info)
-    evaluation.test_run_judge(cfg)
+    evaluation.test_run_judge(cfg)  # what would fail after the training should fail now
     with common.output_lock(cfg, dist_info):
         train(cfg, dist_info)
 
@@ -276,7 +290,8 @@ def train(cfg, dist_info):
     for micro_batches in trainer.steps():
         policy.refresh(trainer)  # with M > 1, in every M-th step
         for batch in micro_batches:
-            # A sample of the policy for each expert: the same caption, and the same timestep.
+            # A sample of the policy for each expert: the same caption, and the same timestep. (With
+            # --buffer both are drawn from it, so x0, t and cond need not be the batch's.)
             item = policy.sample(batch, trainer)
             x0 = item["x0"]  # (B, 4, h, w) the experts
             t = item["t"]  # (B,)
@@ -288,15 +303,15 @@ def train(cfg, dist_info):
             noise = batch["noise"]
             xt = torch.cat([common.add_noise(x0, noise, t, models.alpha_bar), x_policy])
             eps = torch.cat([noise, eps_policy])
-            x0_policy = common.predicted_x0(x_policy, eps_policy, t, models.alpha_bar)
+            x0_policy = common.predicted_x0(x_policy, eps_policy, t, models.alpha_bar)  # for v
             t = t.repeat(2)  # (2B,)
             target = models.target(torch.cat([x0, x0_policy]), eps, t)  # eps, or v
             cond = {name: torch.cat([value, value]) for name, value in item["cond"].items()}
 
             # Denoising errors of the reference and of the trained model, (2B,) each.
             inputs = (xt, t, target, cond)
-            ref_err = reference_errors(models, ref, policy.is_current, *inputs)
-            err = trained_errors(models, trainer.unet, policy.is_current, *inputs)
+            ref_err = reference_errors(models, ref, *inputs, policy.is_trained_unet)
+            err = trained_errors(models, trainer.unet, *inputs, policy.is_trained_unet)
 
             # Loss and gradient.
             losses, gap = dro_loss(err, ref_err, cfg.margin)  # (B,) each
@@ -314,28 +329,28 @@ def errors(models, unet, part, xt, t, target, cond):
 
 
 @torch.no_grad()
-def reference_errors(models, ref, is_current, *inputs):
-    """Errors (2B,) of the frozen UNet, in calls of the sizes that they will be compared with.
+def reference_errors(models, ref, xt, t, target, cond, is_trained_unet):
+    """Errors (2B,) of the frozen UNet, in calls of the same sizes as those they are compared with.
 
     Kernels round differently for other batch sizes. The policy predicted its B samples in one call
     (the rollout's last), and the trained UNet will see B experts, or all 2B images. With the same
     sizes here the gap at step 0 is exactly 0. (For v-prediction, whose targets are made from eps,
     it is 0 up to rounding.)"""
-    B = len(inputs[0]) // 2
-    if not is_current:
-        return errors(models, ref, slice(0, 2 * B), *inputs)
-    of_experts = errors(models, ref, slice(0, B), *inputs)
-    of_policy = errors(models, ref, slice(B, 2 * B), *inputs)
+    B = len(xt) // 2
+    if not is_trained_unet:
+        return errors(models, ref, slice(0, 2 * B), xt, t, target, cond)
+    of_experts = errors(models, ref, slice(0, B), xt, t, target, cond)
+    of_policy = errors(models, ref, slice(B, 2 * B), xt, t, target, cond)
     return torch.cat([of_experts, of_policy])
 
 
-def trained_errors(models, unet, is_current, *inputs):
-    """Errors (2B,) of the trained UNet. Where the samples are its own of just now, it would predict
-    the same again: their error and its gradient are 0, and the UNet is run on the experts alone."""
-    B = len(inputs[0]) // 2
-    if not is_current:
-        return errors(models, unet, slice(0, 2 * B), *inputs)
-    of_experts = errors(models, unet, slice(0, B), *inputs)
+def trained_errors(models, unet, xt, t, target, cond, is_trained_unet):
+    """Errors (2B,) of the trained UNet. Where it has just made the samples itself, it would predict
+    the same again: their error and its gradient are 0, and it is run on the experts alone."""
+    B = len(xt) // 2
+    if not is_trained_unet:
+        return errors(models, unet, slice(0, 2 * B), xt, t, target, cond)
+    of_experts = errors(models, unet, slice(0, B), xt, t, target, cond)
     return torch.cat([of_experts, torch.zeros_like(of_experts)])
 
 
@@ -343,16 +358,15 @@ class Policy:
     """The model that is sampled from: the trained UNet itself, or with M > 1 a copy of it that is
     refreshed every M updates. With --buffer, samples are also drawn again later.
 
-    is_current: the samples are of the trained UNet as it is now, which would predict the same
-    again."""
+    is_trained_unet: the samples are always of the trained UNet as it is now (M = 1, no buffer)."""
 
     def __init__(self, cfg, dist_info, models):
         self.cfg = cfg
         self.models = models
         self.copy = common.policy_unet(models, cfg) if cfg.refresh_every > 1 else None
-        self.is_current = self.copy is None and not cfg.buffer
-        # One buffer for each of this rank's micro-batches of a step, by number: then it does not
-        # matter which rank has which micro-batch.
+        self.is_trained_unet = self.copy is None and not cfg.buffer
+        # One buffer for each of this rank's micro-batches of a step, under its number in the step:
+        # then it does not matter which rank has which micro-batch.
         count = cfg.batch // cfg.micro_batch
         mine = range(dist_info.rank, count, dist_info.world_size) if cfg.buffer else ()
         self.buffers = {number: ReplayBuffer(cfg.buffer // count) for number in mine}
@@ -412,8 +426,8 @@ def check_rollout(cfg, models):
 def trajectory(t, T, S):
     """The S timesteps of a trajectory that meets t (B,), T / S apart, and the step at which it
     does: (S, B), (B,), on the CPU."""
-    # With T = 1000, S = 20: t = 420 -> 970, 920, ..., 20, of which step 11 is 420. The remainder
-    # of t shifts the whole trajectory, so every timestep can be met, and each as often.
+    # With T = 1000, S = 20: t = 470 -> 970, 920, ..., 20, in which 470 is number 10 (from 0): so it
+    # takes 11 calls. The remainder of t shifts the whole trajectory: every timestep can be met.
     t = t.cpu()
     spacing = T // S
     timesteps = torch.arange(S - 1, -1, -1)[:, None] * spacing + t % spacing
@@ -431,7 +445,8 @@ def start_noise(seed, index, shape):
 def values_to_log(losses, gap, err):
     """Scalars for the log; policy_share is the policy samples' part of the gradient."""
     # It is measured at the UNet's predictions: the gradient of err = |pred - target|^2 has a norm
-    # proportional to sqrt(err), and the hinge passes it on, or gives 0. With M = 1 it is always 0.
+    # proportional to sqrt(err), and the hinge passes it on or stops it. With M = 1 and no buffer
+    # it is always 0.
     err_expert, err_policy = err.detach().chunk(2)
     active = (losses.detach() > 0).float()
     grad_expert = (err_expert.sqrt() * active).sum()

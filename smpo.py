@@ -2,20 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmPO-Diffusion (Lu et al., ICML 2025, arXiv 2506.02698): smoothed preferences, inverted noise.
 
-1. People differ, so "image 0 won" becomes a probability p from a reward model. The loss fades to
-   zero gradient where the two images are equally good.
+1. Preferences differ between people, and in strength. So the label "image 0 won" is replaced by a
+   probability p, estimated from a reward model's scores of both images. The loss fades to zero
+   gradient where the two images are equally good.
 2. The noise of an image is not sampled but found: by DDIM inversion with the current model,
    refined by ReNoise.
 
-    paper        here      shape
-    x_0          x0        (2B, 4, h, w)  latents: images 0 of the micro-batch, then images 1
-    x_t          xt        (2B, 4, h, w)  where the inversion of x0 ends
-    tau          eps       (2B, 4, h, w)  the noise that leads from x0 to xt
-    |.-eps_theta|^2  err   (2B,)          denoising error of the trained UNet (a mean, in fp32)
-    |.-eps_ref|^2 ref_err  (2B,)          the same of the frozen initial UNet
-    alpha/gamma  p         (B,)           probability that image 0 is preferred
-    beta         beta      float          KL strength
-    gamma        gamma     float          sharpness: weights are within gamma tanh(1/2) = 0.46 gamma
+    paper                here      shape
+    x_0                  x0        (2B, 4, h, w)  latents: images 0 of the micro-batch, then 1
+    x_t                  xt        (2B, 4, h, w)  where the inversion of x0 ends
+    tau                  eps       (2B, 4, h, w)  the noise that leads from x0 to xt
+    |tau - eps_theta|^2  err       (2B,)          denoising error of the trained UNet, a mean
+    |tau - eps_ref|^2    ref_err   (2B,)          the same of the frozen initial UNet
+    alpha / gamma        p         (B,)           probability that image 0 is preferred
+    beta                 beta      float          KL strength
+    gamma                gamma     float          sharpness of the smoothed preference
 
 What changes against dpo_baseline.py:
     1. preference_probability: the label becomes p, from the difference of two reward scores
@@ -47,14 +48,16 @@ def denoising_error(eps_pred, eps):  # same as dpo_baseline.py
 
 def preference_probability(score_0, score_1, lo, hi):
     """The probability (B,) that image 0 is preferred, from a reward model's scores (B,) of both; lo
-    and hi are the smallest and largest score of the data set."""
-    # Min-max normalised, a score is in [0, 1]. A softmax over two values is a sigmoid of their
-    # difference, so p lies between sigmoid(-1) = 0.27 and sigmoid(1) = 0.73: never 0 or 1, and
-    # near 1/2 for most pairs. gamma makes up for that.
+    and hi: the smallest and largest score of the data set, or constants in their place."""
+    # The scores are normalised to (score - lo) / (hi - lo). A softmax over two values is a sigmoid
+    # of their difference. With the set's own extremes p lies between sigmoid(-1) = 0.27 and
+    # sigmoid(1) = 0.73, near 1/2 for most pairs. gamma makes up for that: the weight in the loss is
+    # at most gamma tanh(1/2) = 0.46 gamma.
     return torch.sigmoid((score_0 - score_1) / (hi - lo))
 
 
-# Smoothing replaces each likelihood by a mixture in which the other image has a part (Eq. 8):
+# Smoothing replaces each likelihood by a weighted product in which the other image has a part (Eq.
+# 8):
 #     p_theta(x_0)  ->  p_theta(x_0)^alpha  p_theta(x_1)^(gamma - alpha)
 #     p_theta(x_1)  ->  p_theta(x_1)^alpha  p_theta(x_0)^(gamma - alpha)
 # and p_ref likewise. With L_i = log(p_theta(x_i) / p_ref(x_i)), the difference of the two
@@ -66,13 +69,13 @@ def preference_probability(score_0, score_1, lo, hi):
 def smpo_loss(err, ref_err, p, beta, gamma):
     """SmPO, arXiv 2506.02698 Eq. 9. err, ref_err (2B,): denoising errors of the trained and of the
     frozen UNet, all images 0 first, then all images 1; p (B,). Returns the losses (B,) and the
-    detached margin (B,), above 0 where the trained model has moved towards image 0."""
+    detached margin (B,), above 0 where training has helped image 0 more than image 1."""
     # Gradient on the margin at the start, where it is 0: -beta weight / 4, nothing where p = 1/2.
-    log_ratio = ref_err - err  # (2B,) grows as the trained UNet denoises an image better
+    log_ratio = ref_err - err  # (2B,) twice log(p_theta / p_ref), see dpo_baseline.py
     log_ratio_0, log_ratio_1 = log_ratio.chunk(2)  # (B,) each
     margin = log_ratio_0 - log_ratio_1  # (B,)
     weight = gamma * (2 * p - 1)  # (B,) the paper's 2 alpha - gamma
-    losses = -F.logsigmoid(0.5 * beta * weight * margin)  # p = gamma = 1 is Diffusion-DPO
+    losses = -F.logsigmoid(0.5 * beta * weight * margin)  # p = 1, gamma = 1: Diffusion-DPO
     return losses, margin.detach()
 
 
@@ -92,11 +95,12 @@ class Config(evaluation.RewardConfig):
 # The released code's constants for the normalisation, 100 times its cosines: PickScore's unit.
 RELEASED_RANGE = {"reward_min": 11.543526500463486, "reward_max": 28.201571106910706}
 
-# sd15 and sdxl are the released launchers: 200 steps of 1,024 pairs at lr 1e-8 x 1024, warm-up 100,
-# gamma 10, inversion in 5 steps (SDXL: 10), AdamW (SDXL: Adafactor, beta 5,000), caption dropout
-# 0.2, each image flipped on its own, PickScore. Ours: precision, micro-batch, checkpointing, clip.
-# tiny: searched, see tests/tiny/searches.md.
-# --lora needs a larger lr; nothing is published, and none was searched for SmPO.
+# Where the values of the presets are from:
+# - sd15 and sdxl are the released launchers: 200 steps of 1,024 pairs at lr 1e-8 x 1024, warm-up
+#   100, gamma 10, inversion in 5 steps (SDXL: 10), AdamW (SDXL: Adafactor, beta 5,000), caption
+#   dropout 0.2, each image flipped on its own, PickScore.
+# - Ours are precision, micro-batch, checkpointing and clip. tiny: see tests/tiny/searches.md.
+# - --lora needs a larger lr; nothing is published, and none was searched for SmPO.
 TINY = common.tiny_preset("smpo") | {
     "steps": 100,
     "batch": 32,
@@ -141,7 +145,7 @@ SFT_START = (
     "note: the published recipe starts from an SFT model, which was never released: make one with\n"
     "      dpo_baseline.py --preset sd15 --sft --lr 2.048e-6 --out runs/sft, then --unet runs/sft"
 )
-NOTES = {"sd15": SFT_START}  # what a preset's recipe needs besides, said where --unet is not given
+NOTES = {"sd15": SFT_START}  # printed for this preset if --unet is missing
 
 
 def main(argv=None):
@@ -151,7 +155,7 @@ def main(argv=None):
     common.validate_config(cfg, dist_info)
     if cfg.inversion == "release" and cfg.inversion_steps == 1:
         raise common.InputError("--inversion_steps 1 leads --inversion release to timestep 1 only")
-    evaluation.test_run_judge(cfg)
+    evaluation.test_run_judge(cfg)  # what would fail after the training should fail now
     if cfg.preset in NOTES and not cfg.unet and dist_info.is_main:
         print(NOTES[cfg.preset])
     with common.output_lock(cfg, dist_info):
@@ -174,7 +178,8 @@ def train(cfg, dist_info):
             cond = batch["cond"]
             t = batch["t"].repeat(2)  # (2B,)
 
-            # How probably image 0 is preferred: the label is not used, the reward says by how much.
+            # How probably image 0 is preferred. (Labels only say which pairs are ties, and those
+            # stay out. The reward says which image is better, and by how much.)
             p = preference_probability(batch["score_0"], batch["score_1"], lo, hi)  # (B,)
 
             # x_t and its noise: found by inversion, or sampled (one noise for both images).
@@ -204,7 +209,7 @@ def train(cfg, dist_info):
 def invert(cfg, models, unet, x0, t, cond):
     """Where the inversion of each image ends, and the noise that leads there: (xt, eps), both
     (2B, 4, h, w). The current model inverts, without guidance, each image with its own caption. No
-    gradient flows through the inversion: xt and eps are data of the loss, as sampled noise is."""
+    gradient flows through the inversion: xt and eps are constants in the loss."""
 
     def predict_eps(x, unet_t, idx):
         return models.predict_eps(unet, x, unet_t, common.index_condition(cond, idx))
@@ -236,7 +241,7 @@ def scored_table(cfg, dist_info):
 
 
 def training_samples(cfg, dist_info, models, table, scores):
-    """The samples of the run: rows that people decided and that have both scores, image 0 first."""
+    """The samples of the run: rows that are no human tie and have both scores, image 0 first."""
     has_scores = scores["score_0"].isfinite() & scores["score_1"].isfinite()
     samples = common.SampleStream(
         cfg,
@@ -248,7 +253,8 @@ def training_samples(cfg, dist_info, models, table, scores):
         score_0=scores["score_0"],
         score_1=scores["score_1"],
     )
-    table.check_scores(scores, cfg)  # again: now the images that are used have been read
+    # Again: the constructor above has read images, whose keys can now be compared too.
+    table.check_scores(scores, cfg)
     return samples
 
 
