@@ -56,6 +56,7 @@ import subprocess
 import time
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from typing import Literal
 import uuid
@@ -258,16 +259,12 @@ class TrainConfig:
 
     # What is trained, on what, and where it goes
     preset: str = option("tiny", "recipe to start from: tiny, sd15 or sdxl; any flag overrides it")
-    model: str = option(
-        "", "diffusers folder or hub id of a Stable Diffusion 1.x, 2.x or XL pipeline"
-    )
+    model: str = option("", "Stable Diffusion 1.x, 2.x or XL: diffusers folder or hub id")
     variant: str | None = option(None, "weight files to load from it, e.g. fp16")
     revision: str | None = option(None, "hub revision to load")
     vae: str | None = option(None, "another VAE, e.g. the fp16 fix for SDXL")
     unet: str | None = option(None, "initial AND reference UNet, if not the model's: e.g. runs/sft")
-    data: str = option(
-        "", "parquet file or folder, image folder with metadata.jsonl, or hub ID(:SPLIT)"
-    )
+    data: str = option("", "parquet file or folder, folder with metadata.jsonl, or hub ID(:SPLIT)")
     out: str = option("", "folder for everything the run writes")
     # How much: batch = micro_batch x GPUs x accumulation
     steps: int = option(0, "optimizer steps", ">0")
@@ -279,20 +276,14 @@ class TrainConfig:
     warmup: int = option(0, "optimizer steps of linear warm-up, then constant", ">=0")
     clip: float = option(1.0, "largest gradient norm; 0 does not clip", ">=0")
     weight_decay: float = option(0.01, "decoupled weight decay", ">=0")
-    ema: float = option(
-        0.0, "decay of the EMA weights, which are then what is written; 0: none", "0..<1"
-    )
+    ema: float = option(0.0, "decay of the EMA weights, which are then written; 0: none", "0..<1")
     # What a sample looks like
     caption_dropout: float = option(0.0, "fraction of rows without caption, for guidance", "0..1")
     flip: bool = option(False, "mirror half of the images, each on its own")
-    resolution: int = option(
-        512, "side of the square that images are resized and cropped to, px", ">0"
-    )
+    resolution: int = option(512, "side in px of the square that images are cropped to", ">0")
     seed: int = option(0, "fixes every random draw, whatever the number of GPUs")
     # What it costs
-    precision: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", "autocast; trained weights stay fp32"
-    )
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "autocast; weights stay fp32")
     checkpointing: bool = option(False, "gradient checkpointing: a third more compute, less memory")
     compile: bool = option(False, "torch.compile the UNets")
     lora: int = option(0, "rank of a LoRA to train instead of all weights; 0: all weights", ">=0")
@@ -305,9 +296,7 @@ class TrainConfig:
     overwrite: bool = option(False, "start over in an --out that holds a run")
     # The final evaluation
     eval_prompts: int = option(0, "images of each model in the final evaluation; 0: none", ">=0")
-    prompts: str = option(
-        "", "prompts of the final evaluation: .txt (one a line), .json or .parquet"
-    )
+    prompts: str = option("", "its prompts: .txt (one a line), .json or .parquet")
     judge: str | None = option(None, "PATH.py:FUNCTION(images, prompts) -> ground-truth scores")
     eval_steps: int = option(50, "sampling steps of the final evaluation", ">0")
     cfg: float = option(7.5, "guidance scale of the final evaluation", ">=0")
@@ -417,13 +406,10 @@ def init_distributed():
             # torchrun keeps one store over all restarts, and in it the dead workers' addresses. (On
             # several nodes the restart counts may differ, so the prefix is for one node alone.)
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(days=1),  # ranks wait for each other while one reads a large set
-        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        group = {"store": store, "rank": rank, "world_size": world_size}
+        # Ranks wait for each other while one reads a large set
+        dist.init_process_group(backend, timeout=timedelta(days=1), **group)
     return DistInfo(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -474,20 +460,16 @@ def library_versions():
 
 
 def git_commit():
-    """The short commit of this folder; None where it is no repository or git is not installed."""
-
-    def git(*words):
-        folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-        )
-
+    """The short commit of this folder, with "+" where tracked files differ from it; None where it
+    is no repository or git is not installed."""
+    # Of tags nothing is said: --exclude leaves out all of them.
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    folder = Path(__file__).parent
     try:
-        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changed else "")
+    return done.stdout.strip()
 
 
 # --------------------------------------------------------------------------------------- 4. files
@@ -1030,12 +1012,8 @@ def policy_unet(models, cfg):
 
 
 # --------------------------------------------------------------------------------------- LoRA
-LORA_MODULES = [
-    "to_k",
-    "to_q",
-    "to_v",
-    "to_out.0",
-]  # the attention layers, as diffusers' own scripts
+# The attention layers, as in diffusers' own scripts
+LORA_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 def freeze_and_add_lora(models, cfg):
@@ -1054,9 +1032,8 @@ def add_adapter(unet, rank, seed, name):
         from peft import LoraConfig
     except ImportError as error:
         raise InputError("--lora needs the package peft: pip install peft") from error
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_MODULES
-    )
+    settings = {"init_lora_weights": "gaussian", "target_modules": LORA_MODULES}
+    config = LoraConfig(r=rank, lora_alpha=rank, **settings)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are two adapters is intended
         torch.manual_seed(seed)
@@ -1956,9 +1933,8 @@ class SampleStream:
         self.extra = extra
         self.train_rows = train_mask.nonzero()[:, 0].numpy()
         if not len(self.train_rows):
-            raise InputError(
-                f"--data {cfg.data}: its {len(train_mask)} rows are all ties or broken"
-            )
+            text = f"its {len(train_mask)} rows are all ties or broken"
+            raise InputError(f"--data {cfg.data}: {text}")
         self.latent_shape = models.latent_shape(cfg.resolution)
         kind = f"{models.hashes['vae'][:16]}-{cfg.resolution}-{cfg.precision}-v{CACHE_VERSION}"
         self.latents = TensorStore(Path(cfg.cache) / f"latents-{kind}")
@@ -1984,9 +1960,8 @@ class SampleStream:
         if not self.cfg.flip:
             return np.zeros((self.cfg.steps * shape[0], shape[1]), bool)
         steps = range(self.cfg.steps)
-        draws = [
-            torch.rand(shape, generator=generator(self.cfg.seed, "flip", s)) < 0.5 for s in steps
-        ]
+        generators = [generator(self.cfg.seed, "flip", step) for step in steps]
+        draws = [torch.rand(shape, generator=random) < 0.5 for random in generators]
         return torch.cat(draws).numpy()
 
     def encode_what_is_met(self):
@@ -2209,9 +2184,8 @@ def require_same_settings(cfg, settings):
     now = fixed_settings(cfg)
     for name, then in settings.items():
         if now.get(name) != then:
-            raise InputError(
-                f"--resume goes on with --{name} {then}, not {now.get(name)}: give the same"
-            )
+            text = f"--{name} {then}, not {now.get(name)}: give the same"
+            raise InputError(f"--resume goes on with {text}")
 
 
 def check_ranges(cfg):
@@ -2280,10 +2254,8 @@ def read_run_config(out):
         config = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    is_run = isinstance(config, dict) and {"preset", "model", "data", "steps", "versions"} <= set(
-        config
-    )
-    return config if is_run else None
+    keys = {"preset", "model", "data", "steps", "versions"}
+    return config if isinstance(config, dict) and keys <= set(config) else None
 
 
 def require_checkpoint(out, config):
@@ -2291,9 +2263,8 @@ def require_checkpoint(out, config):
     log = out / "log.jsonl"
     steps = len(log.read_text().splitlines()) if log.exists() else 0
     if steps > config.get("save_every", steps) and not find_checkpoints(out):
-        raise InputError(
-            f"{out}: its log has {steps} steps, its checkpoint is gone: --overwrite starts over"
-        )
+        text = f"its log has {steps} steps, its checkpoint is gone"
+        raise InputError(f"{out}: {text}: --overwrite starts over")
 
 
 def refuse_inputs_inside(cfg, out):
@@ -2302,9 +2273,8 @@ def refuse_inputs_inside(cfg, out):
     for name in (*names, "scores", "reward", "reward_processor"):
         value = getattr(cfg, name, None)
         if value and Path(value).absolute().resolve().is_relative_to(out.resolve()):
-            raise InputError(
-                f"--{name} {value} lies inside --out {cfg.out}, which --overwrite replaces"
-            )
+            where = f"--out {cfg.out}, which --overwrite replaces"
+            raise InputError(f"--{name} {value} lies inside {where}")
 
 
 @contextmanager
@@ -2367,9 +2337,8 @@ def take_lock(handle, name, patience=10):
                 raise InputError(f"--out {name} is in use by another run") from None
             time.sleep(0.2)
         except OSError as error:  # some network storage has no locks
-            print(
-                f"--out {name} cannot be locked ({first_line(error)}): keep other runs away from it"
-            )
+            text = f"cannot be locked ({first_line(error)}): keep other runs away from it"
+            print(f"--out {name} {text}")
             return None
 
 
@@ -2467,9 +2436,7 @@ class Trainer:
         self.raw_unet = torch.compile(models.unet) if cfg.compile else models.unet
         self.unet = self.raw_unet
         if dist_info.world_size > 1:
-            self.unet = torch.nn.parallel.DistributedDataParallel(
-                self.raw_unet, gradient_as_bucket_view=True
-            )
+            self.unet = DistributedDataParallel(self.raw_unet, gradient_as_bucket_view=True)
         self.board = tensorboard_writer(self.out, self.step) if dist_info.is_main else None
         if dist_info.is_main:
             write_config(cfg)
@@ -2497,12 +2464,8 @@ class Trainer:
 
     def steps(self):
         """Yields the micro-batches of one optimizer step after the other."""
-        self.bar = tqdm(
-            total=self.cfg.steps,
-            initial=self.step,
-            desc=self.out.name,
-            disable=not self.dist_info.is_main,
-        )
+        place = {"initial": self.step, "total": self.cfg.steps}
+        self.bar = tqdm(desc=self.out.name, disable=not self.dist_info.is_main, **place)
         stops = (signal.SIGTERM, signal.SIGINT)
         # A job that a shell runs with "&" has Ctrl-C ignored: then it stays so.
         stops = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
