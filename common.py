@@ -33,7 +33,7 @@ if Path(sys.argv[0]).name in SCRIPTS:
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import copy
 import dataclasses
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ import fsspec
 import hashlib
 import importlib
 import io
-from itertools import islice, pairwise
+from itertools import chain, islice
 import json
 import math
 import numpy as np
@@ -86,6 +86,17 @@ def first_line(error):
 
 def describe_error(error):
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextmanager
+def as_input_error(text):
+    """with as_input_error(text): an error of a library becomes an InputError, `text: its words`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow, json, safetensors, datasets and the hub raise their own
+        raise InputError(f"{text}: {first_line(error)}") from error
 
 
 # ------------------------------------------------------------------ 1. noise and ReNoise inversion
@@ -407,9 +418,13 @@ def init_distributed():
             # several nodes the restart counts may differ, so the prefix is for one node alone.)
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        group = {"store": store, "rank": rank, "world_size": world_size}
-        # Ranks wait for each other while one reads a large set
-        dist.init_process_group(backend, timeout=timedelta(days=1), **group)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(days=1),  # ranks wait for each other while one reads a large set
+        )
     return DistInfo(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -533,11 +548,9 @@ def remove_leftovers(folder, age):
     """Delete temporary files of killed writers, if nobody has touched them for `age` seconds."""
     ours = "[0-9a-f]" * 12  # as `atomic` names them
     for file in [*Path(folder).glob(f".*.{ours}.new"), *Path(folder).glob(f".*.{ours}.old")]:
-        try:
+        with suppress(FileNotFoundError):  # its writer is alive, and has just given it its name
             if time.time() - file.stat().st_mtime >= age:
                 remove(file)
-        except FileNotFoundError:  # its writer is alive, and has just given it its name
-            pass
 
 
 # ------------------------------------------------------------------------------ 5. models
@@ -634,14 +647,14 @@ def has_vocabulary(tokenizer):
 
 def weight_problems(part, info):
     """What is wrong with a loaded model, e.g. ["missing: conv_out.bias, conv_out.weight"]."""
-    misshapen = {key: (tuple(a), tuple(b)) for key, a, b in info["mismatched_keys"]}
-    values = part.state_dict().items()
-    infinite = {k for k, v in values if v.is_floating_point() and not v.isfinite().all()}
+    misshapen = info["mismatched_keys"]  # [(key, shape in the file, the model's), ...]
+    infinite = {key for key, value in part.state_dict().items() if not value.isfinite().all()}
+    infinite -= {*info["missing_keys"], *(key for key, _, _ in misshapen)}
     kinds = {
         "missing": info["missing_keys"],
         "unexpected": info["unexpected_keys"],
-        "of another shape": [f"{k} {a} instead of {b}" for k, (a, b) in misshapen.items()],
-        "not finite": infinite - misshapen.keys() - set(info["missing_keys"]),
+        "of another shape": [f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in misshapen],
+        "not finite": infinite,
     }
     problems = []
     for kind, names in kinds.items():
@@ -728,12 +741,9 @@ def load_scheduler(model, class_name, revision=None):
     # them. EDM, flow matching and shifted schedules (CogVideoX) fail one of the two.
     import diffusers
 
-    try:
-        files = {"subfolder": "scheduler", "revision": revision}
+    files = {"subfolder": "scheduler", "revision": revision}
+    with as_input_error(f"the scheduler of {model} cannot be loaded"):
         raw = diffusers.DDPMScheduler.load_config(model, **files)
-    except Exception as error:
-        line = f"the scheduler of {model} cannot be loaded: {first_line(error)}"
-        raise InputError(line) from error
     where = f"--model {model}: its scheduler"
     prediction = raw.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -746,13 +756,11 @@ def load_scheduler(model, class_name, revision=None):
     expected = None
     # The file's class, and the one in model_index.json, which the pipeline gets
     for name in ("DDPMScheduler", own_class, class_name):
-        try:
-            scheduler = getattr(diffusers, name).from_config(raw)
-        except ImportError:  # LMS wants scipy: then DDPM stands in, its betas are the same
-            continue
-        except Exception as error:  # an unknown class or schedule
-            line = f"{where} ({name}) cannot be loaded: {first_line(error)}"
-            raise InputError(line) from error
+        with as_input_error(f"{where} ({name}) cannot be loaded"):  # unknown class or schedule
+            try:
+                scheduler = getattr(diffusers, name).from_config(raw)
+            except ImportError:  # LMS wants scipy: then DDPM stands in, its betas are the same
+                continue
         actual = getattr(scheduler, "alphas_cumprod", torch.empty(0)).float()
         expected = actual if expected is None else expected
         # Euler's last value of a zero-SNR schedule is 2^-24 where DDPM's is 0: within atol
@@ -980,16 +988,21 @@ def index_condition(cond, idx):
     return {name: value[idx] for name, value in cond.items()}
 
 
+def freeze(unet, dtype):
+    """Make a UNet one that is not trained, with the weights that autocast would cast kept cast."""
+    # Autocast casts the weights of all linear and convolutional layers in every call (SD1.5: 5.2 GB
+    # of traffic). Here they are kept cast, and the norms stay fp32. So a frozen copy computes bit
+    # for bit what the trained UNet does: beta in the thousands would make a difference in rounding
+    # a preference.
+    for module in unet.requires_grad_(False).modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.to(dtype)
+    return unet
+
+
 def frozen_copy(models, cfg):
     """A copy of the UNet for calls without gradient: the reference, or the policy of a rollout."""
-    # Autocast casts the weights of all linear and convolutional layers in every call (SD1.5: 5.2 GB
-    # of traffic). Here they are kept cast, and the norms stay fp32. So the copy computes bit for
-    # bit what the trained UNet does: beta in the thousands would make a difference in rounding a
-    # preference.
-    frozen = copy.deepcopy(models.unet).requires_grad_(False)
-    for module in frozen.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            module.to(models.dtype)
+    frozen = freeze(copy.deepcopy(models.unet), models.dtype)
     if cfg.compile:
         frozen.compile()  # in place: the weights keep their names, also in a checkpoint
     return frozen
@@ -998,7 +1011,7 @@ def frozen_copy(models, cfg):
 def reference_unet(models, cfg):
     """The frozen initial UNet, to be called like a UNet without gradient. To be made before a
     checkpoint is loaded. With --lora it is the trained UNet without its adapter: no second copy."""
-    return LoraView(models.unet, None) if cfg.lora else frozen_copy(models, cfg)
+    return LoraView(models.unet, []) if cfg.lora else frozen_copy(models, cfg)
 
 
 def policy_unet(models, cfg):
@@ -1020,10 +1033,7 @@ def freeze_and_add_lora(models, cfg):
     """Train low-rank adapters (arXiv 2106.09685) in place of all weights."""
     # A layer W x becomes W x + B A x, with W frozen in the autocast dtype and A (rank, in), B (out,
     # rank) in fp32. B starts at 0, so nothing changes yet: the margin at step 0 is exactly 0.
-    models.unet.requires_grad_(False)
-    for module in models.unet.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            module.to(models.dtype)
+    freeze(models.unet, models.dtype)
     add_adapter(models.unet, cfg.lora, cfg.seed, "default")
 
 
@@ -1044,7 +1054,7 @@ def add_adapter(unet, rank, seed, name):
 
 
 class LoraView:
-    """A UNet with another of its adapters active, or with none (name=None), for calls without
+    """A UNet with another of its adapters active, or with none (name=[]), for calls without
     gradient."""
 
     # Gradient checkpointing runs parts of the trained forward again during the backward pass, with
@@ -1060,18 +1070,12 @@ class LoraView:
 
     def __call__(self, *args, **kwargs):
         for layer in self.layers:
-            if self.name is None:
-                layer.enable_adapters(False)
-            else:
-                layer.set_adapter(self.name)
+            layer.set_adapter(self.name)
         try:
             return self.unet(*args, **kwargs)
         finally:
             for layer in self.layers:
-                if self.name is None:
-                    layer.enable_adapters(True)
-                else:
-                    layer.set_adapter("default")
+                layer.set_adapter("default")
 
     def parameters(self):
         return [weight for key, weight in self.unet.named_parameters() if f".{self.name}." in key]
@@ -1137,17 +1141,13 @@ def open_rows(path, option="--data"):
         name, _, split = path.rpartition(":")
     title = f"{option} {path}"
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".parquet")
-    try:
+    with as_input_error(f"{title} cannot be read"):
         if os.path.isdir(name):
             return open_folder(title, path, Path(name).resolve(), split)
         if os.path.isfile(path):
             return ParquetRows(title, path, None, [Path(path).absolute()])
         if is_id and not os.path.exists(name):
             return HubRows(title, path, name, split)
-    except InputError:
-        raise
-    except Exception as error:  # pyarrow, json, datasets and the hub each raise their own
-        raise InputError(f"{title} cannot be read: {first_line(error)}") from error
     problem = "is no regular file" if os.path.exists(path) else "does not exist"
     raise InputError(f"{title} {problem}")
 
@@ -1211,15 +1211,19 @@ def require_columns(source, columns):
 # Rows are streamed, never held: a set may have 300 GB. A row is known by its number in the set's
 # order. To read some rows is to pass over the others (parquet skips whole row groups).
 class RowSource:
-    """The rows of a data set. Each subclass reads one kind of storage: raw_rows(names, wanted)
-    yields (number, {raw name: cell}).
+    """The rows of a data set. Each subclass reads one kind of storage: open() returns the names of
+    its columns, or None where it has no rows; raw_rows(names, wanted) yields (number, {raw name:
+    cell}).
     """
 
-    def __init__(self, title, path, folder, files, raw_columns):
+    def __init__(self, title, path, folder, files):
         self.title = title  # how messages begin
         self.path = path
         self.folder = folder  # of a local set, links resolved; None for a single file
         self.files = files
+        raw_columns = self.open()
+        if raw_columns is None:
+            raise InputError(f"{title} has no rows")
         self.columns = tuple(raw_columns)
         self.raw_names = dict(zip(raw_columns, raw_columns))  # {column: its name in the storage}
         trl = set(TRL_COLUMNS.values())
@@ -1308,13 +1312,10 @@ def normalise_caption(caption, number):
     """One text; of a list of texts, the first."""
     if isinstance(caption, list) and caption:
         caption = caption[0]
-    try:
-        caption.encode()  # not half of an emoji, which JSON can hold and a tokenizer cannot
-        if isinstance(caption, str):
-            return caption
-    except (AttributeError, UnicodeEncodeError):
-        pass
-    raise InputError(f"the caption of row {number} (from 0) is no text: {ascii(caption)[:80]}")
+    # A surrogate is half of an emoji, which JSON can hold and a tokenizer cannot.
+    if not isinstance(caption, str) or re.search(r"[\ud800-\udfff]", caption):
+        raise InputError(f"the caption of row {number} (from 0) is no text: {ascii(caption)[:80]}")
+    return caption
 
 
 def normalise_label(label, has_label, number):
@@ -1347,65 +1348,55 @@ def number_wanted(items, wanted):
 class ParquetRows(RowSource):
     """Parquet files. `datasets` would hold several row groups of images in memory."""
 
-    def __init__(self, title, path, folder, files):
+    def open(self):
         self.bounds = []  # for each file, the numbers where its row groups begin, and its end
         columns = None
         start = 0
-        for file in files:
-            try:
-                with pq.ParquetFile(file) as parquet:
-                    names = parquet.schema_arrow.names
-                    groups = range(parquet.num_row_groups)
-                    sizes = [parquet.metadata.row_group(i).num_rows for i in groups]
-            except Exception as error:
-                message = f"{title} cannot be read: {file.name}: {first_line(error)}"
-                raise InputError(message) from error
+        for file in self.files:
+            failed = as_input_error(f"{self.title} cannot be read: {file.name}")
+            with failed, pq.ParquetFile(file) as parquet:
+                names = parquet.schema_arrow.names
+                groups = range(parquet.num_row_groups)
+                sizes = [parquet.metadata.row_group(i).num_rows for i in groups]
             self.bounds.append(start + np.cumsum([0, *sizes]))
             if sum(sizes):  # an empty file may lack columns
                 columns = [name for name in columns or names if name in names]
                 start += sum(sizes)
-        if not start:
-            raise InputError(f"{title} has no rows")
-        super().__init__(title, path, folder, files, columns)
+        return columns
 
     def raw_rows(self, names, wanted):
         images = {self.raw_names.get(name) for name in (*PAIR_COLUMNS, *IMAGE_COLUMNS)}
         # Rows of text are small, and large batches are faster: 1,000,000 rows take 2 seconds.
         batch_size = 16 if images & names else 65536
+        if wanted is None:
+            wanted = np.arange(self.bounds[-1][-1])
         for file, bounds in zip(self.files, self.bounds):
-            keep = np.ones(bounds[-1] - bounds[0], bool)
-            if wanted is not None:
-                low, high = np.searchsorted(wanted, bounds[[0, -1]])
-                keep[:] = False
-                keep[wanted[low:high] - bounds[0]] = True
-            for position, row in read_parquet(file, bounds - bounds[0], names, keep, batch_size):
-                yield int(bounds[0]) + position, row
+            low, high = np.searchsorted(wanted, bounds[[0, -1]])
+            yield from read_parquet(file, bounds, names, wanted[low:high], batch_size)
 
 
-def read_parquet(file, bounds, names, keep, batch_size):
-    """(position, row) of a file's rows where keep (rows,) bool is set. Row groups without such a
-    row are skipped. bounds: where the row groups begin, and the end."""
+def read_parquet(file, bounds, names, wanted, batch_size):
+    """(number, row) of the wanted rows of a file, sorted numbers. Row groups without such a row are
+    skipped. bounds: the numbers where the row groups begin, and the end."""
     # Memory is bounded whatever the size of a row group: pyarrow reads a page as a whole, and
     # writes up to 1,024 rows into one, so 2 x 1,024 images are held for each image column at most.
-    groups = [i for i, (low, high) in enumerate(pairwise(bounds)) if keep[low:high].any()]
+    groups = np.diff(np.searchsorted(wanted, bounds)).nonzero()[0].tolist()
     if not groups:
         return
     # iter_batches goes on from row group to row group, so a batch may span several.
-    positions = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in groups])
-    last = np.flatnonzero(keep)[-1]
+    numbers = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in groups])
     # Without buffer_size, pyarrow reads a column of a row group as a whole.
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
         columns = [name for name in names if name in parquet.schema_arrow.names]
         for batch in parquet.iter_batches(batch_size, row_groups=groups, columns=columns):
-            here = positions[: len(batch)]
-            positions = positions[len(batch) :]
-            chosen = np.flatnonzero(keep[here])
-            if len(chosen) == len(batch):
-                yield from zip(here.tolist(), batch.to_pylist())
-            else:  # pyarrow's own take does not know all types of columns
-                for i in chosen.tolist():
-                    yield int(here[i]), batch.slice(i, 1).to_pylist()[0]
-            if here[-1] >= last:
+            here = numbers[: len(batch)]
+            numbers = numbers[len(batch) :]
+            is_wanted = np.isin(here, wanted[: len(here)])
+            wanted = wanted[is_wanted.sum() :]
+            rows = batch.to_pylist()  # pyarrow's take does not know all types of columns
+            for i in is_wanted.nonzero()[0].tolist():
+                yield int(here[i]), rows[i]
+            if not len(wanted):
                 return
 
 
@@ -1414,11 +1405,9 @@ class ImageFolderRows(RowSource):
     takes the first 10 MB's types for all of the file, and so makes a later 0.5 a 0.
     """
 
-    def __init__(self, title, path, folder, files):
-        first = next(text_lines(files), None)
-        if first is None:
-            raise InputError(f"{title} has no rows")
-        super().__init__(title, path, folder, files, parse_line(*first))
+    def open(self):
+        first = next(text_lines(self.files), None)
+        return parse_line(*first) if first else None
 
     def raw_rows(self, names, wanted):
         for number, (file, line) in number_wanted(text_lines(self.files), wanted):
@@ -1452,22 +1441,24 @@ class HubRows(RowSource):
     """A data set of the hub, streamed by `datasets`, at the revision it has when it is opened."""
 
     def __init__(self, title, path, name, split):
+        self.name = name
+        self.split = split
+        super().__init__(title, path, None, [])
+
+    def open(self):
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
         # Without a revision, a set that is updated during a run would change under it.
         try:
-            self.revision = HfApi().dataset_info(name).sha
+            self.revision = HfApi().dataset_info(self.name).sha
         except Exception:  # load_dataset will say what is wrong
             self.revision = None
-        stream = load_dataset(name, split=split, streaming=True, revision=self.revision)
-        if stream.features:
-            stream = stream.decode(False)  # images stay bytes: a broken one costs its row alone
-        first = next(iter(stream), None)
-        if first is None:
-            raise InputError(f"{title} has no rows")
-        self.stream = stream
-        super().__init__(title, path, None, [], first)
+        source = {"split": self.split, "revision": self.revision}
+        self.stream = load_dataset(self.name, streaming=True, **source)
+        if self.stream.features:  # images stay bytes: a broken one costs its row alone
+            self.stream = self.stream.decode(False)
+        return next(iter(self.stream), None)
 
     def fingerprint(self):
         return self.revision
@@ -1493,10 +1484,9 @@ def read_prompts(path, column="caption"):
     """
     path = str(path)
     suffix = Path(path).suffix.lower()
-    try:
+    with as_input_error(f"--prompts {path} cannot be read"):
         if suffix in (".txt", ".json", ".jsonl") and not Path(path).is_file():
-            text = "it does not exist, or is no regular file"
-            raise InputError(f"--prompts {path} cannot be read: {text}")
+            raise OSError("it does not exist, or is no regular file")
         if suffix == ".txt":
             items = [line.strip() for _, line in text_lines([path])]
         elif suffix == ".jsonl":
@@ -1506,17 +1496,13 @@ def read_prompts(path, column="caption"):
             items = list(content.values() if isinstance(content, dict) else content)
         else:
             items = [row for _, row in open_rows(path, "--prompts").rows((column,))]
-        if not items:
-            raise InputError(f"--prompts {path} has no prompts")
+    if not items:
+        raise InputError(f"--prompts {path} has no prompts")
+    try:
         texts = [item[column] if isinstance(item, dict) else item for item in items]
-    except InputError:
-        raise
+        return [normalise_caption(text, number) for number, text in enumerate(texts)]
     except KeyError as error:
         raise InputError(f"--prompts {path}: a row has no {error}") from error
-    except Exception as error:  # of the disk, the encoding, the JSON
-        raise InputError(f"--prompts {path} cannot be read: {first_line(error)}") from error
-    try:
-        return [normalise_caption(text, number) for number, text in enumerate(texts)]
     except InputError as error:
         raise InputError(f"--prompts {path}: {error}") from error
 
@@ -1535,10 +1521,8 @@ def decode_image(cell):
         if image.mode in ("I", "F") or image.width * image.height > Image.MAX_IMAGE_PIXELS:
             return None
         image.load()  # raises where the file is cut off
-        try:
+        with suppress(Exception):  # damaged EXIF data says nothing about the pixels
             image = ImageOps.exif_transpose(image)
-        except Exception:  # damaged EXIF data says nothing about the pixels
-            pass
         if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -1700,7 +1684,7 @@ class TensorStore:
                     self.tensors[file] = {name: shard.get_tensor(name) for name in names}
             tensors = dict(self.tensors[file])
             expected = tensors.pop("checksum")[rows].tolist()
-            if row_checksums(tensors, rows) != expected:
+            if [checksum(tensors, row) for row in rows] != expected:
                 raise ValueError("a checksum is wrong")
             return {name: tensor[rows] for name, tensor in tensors.items()}
         except (SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
@@ -1711,7 +1695,7 @@ class TensorStore:
     def write(self, keys, tensors, undecodable=()):
         """Add rows: keys (n,) list, {name: (n, ...) tensor}; and keys of images without a row."""
         content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        checksums = row_checksums(content, range(len(keys)))
+        checksums = [checksum(content, row) for row in range(len(keys))]
         content["key"] = torch.tensor(keys, dtype=torch.int64)
         content["undecodable"] = torch.tensor(undecodable, dtype=torch.int64)
         content["checksum"] = torch.tensor(checksums, dtype=torch.int64)
@@ -1721,85 +1705,72 @@ class TensorStore:
             save_file(content, temporary)
 
 
-def tensors_checksum(tensors):
-    """The CRC-32 of some tensors, in the order of their names."""
+def checksum(tensors, row=...):
+    """The CRC-32 of some tensors in the order of their names, or of a row of each."""
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), total)
-    return str(total)
-
-
-def row_checksums(tensors, rows):
-    """The CRC-32 of each of the rows, over all tensors in the order of their names."""
-    content = []  # (all rows, bytes of a row) of each tensor
-    for name in sorted(tensors):
-        flat = tensors[name].reshape(len(tensors[name]), -1)
-        content.append(flat.view(torch.uint8).numpy())
-    checksums = []
-    for row in rows:
-        total = 0
-        for array in content:
-            total = zlib.crc32(array[row], total)
-        checksums.append(total)
-    return checksums
+        content = tensors[name][row].reshape(-1).view(torch.uint8)
+        total = zlib.crc32(content.numpy(), total)
+    return total
 
 
 def prefetch(items, load, workers):
     """(key, load(content)) of each of the (key, content) items, in their order. Threads load a few
     items ahead, while the caller's model works on those before."""
-    futures = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for key, content in items:
-            futures.append((key, pool.submit(load, content)))
-            if len(futures) > ENCODE_BATCH + workers:
-                key, future = futures.popleft()
-                yield key, future.result()
-        while futures:
-            key, future = futures.popleft()
+        started = ((key, pool.submit(load, content)) for key, content in items)
+        ahead = deque(islice(started, ENCODE_BATCH + workers))
+        while ahead:
+            key, future = ahead.popleft()
+            ahead.extend(islice(started, 1))
             yield key, future.result()
+
+
+def missing_items(store, items):
+    """Those of the (key, content) items that a store knows nothing of, each once."""
+    seen = set(store.undecodable.tolist())
+    for key, content in items:
+        if key not in seen and store.find(np.array([key]))[0] < 0:
+            seen.add(key)
+            yield key, content
+
+
+def batched(items, size):  # in itertools from Python 3.12 on
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
     """Compute what a store lacks. This can be killed and started again: finished shards are kept.
 
-    items: (key, content) of this rank's rows; load(content) -> something to encode, or None if it
-    does not decode (in threads); encode(list of ENCODE_BATCH loaded) -> {name: (ENCODE_BATCH,
-    ...)}."""
-    # A batch always has that size, the last one by repetition: the last bits of a kernel's result
-    # depend on the batch size, and a row should not depend on the rows that came with it.
-    keys = []  # of the shard that is being made
-    encoded = []  # its batches
-    undecodable = []
-    batch = []  # what is going to be encoded next
-
-    def encode_batch():
-        padded = batch + batch[-1:] * (ENCODE_BATCH - len(batch))
-        result = encode(padded)
-        encoded.append({name: tensor[: len(batch)].cpu() for name, tensor in result.items()})
-        batch.clear()
-
-    def write_shard():
-        if batch:
-            encode_batch()
-        names = encoded[0] if encoded else ()
-        store.write(keys, {k: torch.cat([e[k] for e in encoded]) for k in names}, undecodable)
-        for rows in (keys, encoded, undecodable):
-            rows.clear()
-
+    items: (key, content) of this rank's rows; what the store has is left out. load(content) ->
+    something to encode, or None if it does not decode (in threads); encode(list of ENCODE_BATCH
+    loaded) -> {name: (ENCODE_BATCH, ...)}."""
+    loaded = prefetch(missing_items(store, items), load, workers)
     with tqdm(desc=title, total=total, unit="row", disable=not dist_info.is_main) as bar:
-        for key, loaded in prefetch(items, load, workers):
-            if loaded is None:
-                undecodable.append(key)
-            else:
-                keys.append(key)
-                batch.append(loaded)
-            if len(batch) == ENCODE_BATCH:
-                encode_batch()
-            if len(keys) == ROWS_PER_SHARD:
-                write_shard()
-            bar.update()
-        if keys or undecodable:
-            write_shard()
+        while True:
+            keys = []  # of the shard that is being made
+            encoded = []  # its batches
+            undecodable = []
+            for batch in batched(islice(loaded, ROWS_PER_SHARD), ENCODE_BATCH):
+                undecodable += [key for key, content in batch if content is None]
+                good = {key: content for key, content in batch if content is not None}
+                keys += good
+                if good:
+                    # A batch always has the same size, by repetition of its last row: the last bits
+                    # of a kernel's result depend on the batch size, and a row should not depend on
+                    # the rows that came with it.
+                    contents = list(good.values())
+                    contents += contents[-1:] * (ENCODE_BATCH - len(good))
+                    result = encode(contents)
+                    encoded.append({name: rows[: len(good)].cpu() for name, rows in result.items()})
+                bar.update(len(batch))
+            if not keys and not undecodable:
+                return
+            names = encoded[0] if encoded else ()
+            tensors = {name: torch.cat([part[name] for part in encoded]) for name in names}
+            store.write(keys, tensors, undecodable)
 
 
 class RowTable:
@@ -1830,11 +1801,10 @@ class RowTable:
         unknown = f"unknown {uuid.uuid4()}"  # then it never holds at the next start
         known = self.source.fingerprint() if dist_info.is_main else None
         self.fingerprint = broadcast_from_main(known or unknown)
-        if broadcast_from_main(dist_info.is_main and not self.load()):
-            if dist_info.is_main:
-                self.scan()
-                self.save()
-            barrier()
+        if dist_info.is_main and not self.load():
+            self.scan()
+            self.save()
+        barrier()
         if not self.load():
             raise InputError(f"{self.file} cannot be read by every process: is --cache shared?")
 
@@ -1848,12 +1818,14 @@ class RowTable:
         self.caption_keys = torch.tensor(caption_keys, dtype=torch.int64)
         self.image_keys = torch.zeros(len(labels), len(self.image_columns), dtype=torch.int64)
 
+    def metadata(self, tensors):
+        return {"fingerprint": self.fingerprint, "checksum": str(checksum(tensors))}
+
     def save(self):
         tensors = {name: getattr(self, name) for name in ("labels", "caption_keys", "image_keys")}
-        metadata = {"fingerprint": self.fingerprint, "checksum": tensors_checksum(tensors)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(self.file) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, self.metadata(tensors))
 
     def load(self):
         """Whether the kept table is there, whole, and of the set as it is now."""
@@ -1861,16 +1833,12 @@ class RowTable:
             with safe_open(self.file, "pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            if metadata["fingerprint"] != self.fingerprint:
-                return False
-            if metadata["checksum"] != tensors_checksum(tensors):
-                return False
-            self.labels = tensors["labels"]
-            self.caption_keys = tensors["caption_keys"]
-            self.image_keys = tensors["image_keys"]
-            return True
-        except (OSError, SafetensorError, KeyError, TypeError):
+        except (OSError, SafetensorError):
             return False
+        if metadata != self.metadata(tensors):
+            return False
+        vars(self).update(tensors)  # labels, caption_keys, image_keys
+        return True
 
     def share_image_keys(self):
         """Bring together what the ranks have read, and keep it."""
@@ -1929,7 +1897,7 @@ class SampleStream:
         self.dist_info = dist_info
         self.models = models
         self.table = table
-        self.sides = sides
+        self.sides = np.asarray(sides)
         self.extra = extra
         self.train_rows = train_mask.nonzero()[:, 0].numpy()
         if not len(self.train_rows):
@@ -1957,11 +1925,11 @@ class SampleStream:
         """(samples, K) bool: which images are mirrored. Drawn ahead, since the cache needs to
         know."""
         shape = (self.cfg.batch, self.sides.shape[1])
-        if not self.cfg.flip:
-            return np.zeros((self.cfg.steps * shape[0], shape[1]), bool)
-        steps = range(self.cfg.steps)
-        generators = [generator(self.cfg.seed, "flip", step) for step in steps]
-        draws = [torch.rand(shape, generator=random) < 0.5 for random in generators]
+        chance = 0.5 if self.cfg.flip else 0
+        draws = []
+        for step in range(self.cfg.steps):
+            random = generator(self.cfg.seed, "flip", step)
+            draws.append(torch.rand(shape, generator=random) < chance)
         return torch.cat(draws).numpy()
 
     def encode_what_is_met(self):
@@ -1984,8 +1952,7 @@ class SampleStream:
         rows, in which the next decodable row takes the place of one that is not."""
         count = self.cfg.steps * self.cfg.batch
         size = len(self.train_rows)
-        keys = self.table.image_keys.numpy()[self.train_rows]
-        keys = np.take_along_axis(keys, self.sides.numpy()[self.train_rows], 1)
+        keys = self.keys_of(self.train_rows)
         broken = np.isin(keys, self.latents.undecodable) | np.isin(~keys, self.latents.undecodable)
         decodable = ~broken.any(1)
         if not decodable.any():
@@ -2001,20 +1968,22 @@ class SampleStream:
         self.skipped = int((~decodable).sum())
         return np.concatenate(rows)[:count]
 
+    def keys_of(self, rows):
+        """(n, K) int64: the keys of the images that samples of these rows have, in their order."""
+        return self.table.image_keys.numpy()[rows[:, None], self.sides[rows]]
+
     def shown_views(self, rows):
         """(R, K, 2) bool: which images samples show, as they are and mirrored."""
         shown = np.zeros((*self.table.image_keys.shape, 2), bool)
-        for k in range(self.sides.shape[1]):
-            shown[rows, self.sides.numpy()[rows, k], self.flips[:, k].astype(int)] = True
+        shown[rows[:, None], self.sides[rows], self.flips.astype(int)] = True
         return shown
 
     def rows_to_read(self, rows):
         """Sorted rows with an image that was not read yet or is not in the cache."""
         row, side, mirrored = self.shown_views(rows).nonzero()
-        keys = self.table.image_keys.numpy()[row, side]
-        unread = keys == 0
+        keys = self.table.image_keys.numpy()[row, side]  # 0, of an unread image, is in no store
         keys = np.where(mirrored, ~keys, keys)
-        return np.unique(row[unread | (self.latents.find(keys) < 0)])
+        return np.unique(row[self.latents.find(keys) < 0])
 
     def encode_images(self, rows, to_read):
         """Read some rows, and encode those of their images that samples show and the cache
@@ -2022,10 +1991,10 @@ class SampleStream:
         shown = self.shown_views(rows)
         mine = self.table.my_rows(to_read)
         self.check_disk(int(shown[to_read].sum()))
-        items = self.missing_images(mine, shown)
+        images = self.shown_images(mine, shown)
         fill_store(
             self.latents,
-            items,
+            images,
             self.load_image,
             self.encode_pixels,
             "encoding images",
@@ -2036,18 +2005,14 @@ class SampleStream:
         self.table.share_image_keys()
         self.latents.refresh()
 
-    def missing_images(self, rows, shown):
-        """The (key, (bytes, mirrored)) of images that the cache lacks; records every key on the
-        way."""
-        seen = set()
+    def shown_images(self, rows, shown):
+        """The (key, (bytes, mirrored)) of images that samples show; notes every key on the way."""
         for row, cells in self.table.source.rows(self.table.image_columns, rows):
             for side, column in enumerate(self.table.image_columns):
-                self.table.image_keys[row, side] = image_key(cells[column])
+                image = cells[column]
+                self.table.image_keys[row, side] = image_key(image)
                 for mirrored in shown[row, side].nonzero()[0]:
-                    key = image_key(cells[column], mirrored)
-                    if key not in seen and self.latents.find(np.array([key]))[0] < 0:
-                        seen.add(key)
-                        yield key, (cells[column], mirrored)
+                    yield image_key(image, mirrored), (image, mirrored)
 
     def load_image(self, content):
         """(bytes, mirrored) -> (pixels, SDXL's six numbers), or None if it does not decode."""
@@ -2069,33 +2034,21 @@ class SampleStream:
 
     def encode_captions(self):
         """Encode the captions that samples have and the cache lacks, and the empty one."""
-        is_met = np.zeros(len(self.table.labels), bool)
-        is_met[self.rows] = True
-        met = is_met.nonzero()[0]
-        keys = self.table.caption_keys.numpy()[met]
-        missing = met[self.embeddings.find(keys) < 0]
-        no_caption = self.embeddings.find(np.array([caption_key("")]))[0] < 0
-        if broadcast_from_main(not len(missing) and not no_caption):
+        met = np.unique(self.rows)
+        keys = np.append(self.table.caption_keys.numpy()[met], caption_key(""))
+        missing = broadcast_from_main(self.embeddings.find(keys) < 0)
+        if not missing.any():
             return
-        mine = self.table.my_rows(broadcast_from_main(missing))
-
-        def items():
-            seen = {caption_key("")}
-            if no_caption and self.dist_info.is_main:
-                yield caption_key(""), ""
-            for _, row in self.table.source.rows(("caption",), mine):
-                key = caption_key(row["caption"])
-                if key not in seen:
-                    seen.add(key)
-                    yield key, row["caption"]
-
-        title = "encoding captions"
+        mine = self.table.my_rows(met[missing[:-1]])
+        rows = self.table.source.rows(("caption",), mine)
+        captions = chain([""], (row["caption"] for _, row in rows))
+        items = ((caption_key(caption), caption) for caption in captions)
         fill_store(
             self.embeddings,
-            items(),
+            items,
             str,
             self.models.encode_prompts,
-            title,
+            "encoding captions",
             len(mine),
             self.dist_info,
         )
@@ -2119,9 +2072,7 @@ class SampleStream:
     def digest(self, samples):
         """A hash of the set's labels, captions and scores, and of the first samples' images: what
         no sample has met yet need not have been read."""
-        rows = self.rows[:samples]
-        sides = self.sides.numpy()[rows]
-        digest = hashlib.blake2b(self.table.image_keys.numpy()[rows[:, None], sides].tobytes())
+        digest = hashlib.blake2b(self.keys_of(self.rows[:samples]).tobytes())
         for values in (self.table.labels, self.table.caption_keys, *self.extra.values()):
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()
@@ -2134,7 +2085,7 @@ class SampleStream:
         rows = self.rows[numbers]  # (B,)
         draws = [self.draw(int(number)) for number in numbers]
         t, noise, dropped = zip(*draws)
-        image_keys = self.table.image_keys.numpy()[rows[:, None], self.sides.numpy()[rows]]
+        image_keys = self.keys_of(rows)
         image_keys = np.where(self.flips[numbers], ~image_keys, image_keys)
         images = self.latents.read(image_keys.T.ravel())  # all first images, then all second ones
         caption_keys = self.table.caption_keys.numpy()[rows]
@@ -2224,7 +2175,8 @@ def require_writable(out):
 def check_output_dir(cfg):
     """Refuse to write over an earlier run without being told to, or to resume what does not fit."""
     out = Path(cfg.out)
-    if not has_content(out, besides=cfg.cache):
+    cache = Path(cfg.cache).resolve()  # may lie inside, and is no result
+    if all(file.resolve() == cache for file in results_in(out)):
         return
     if not (cfg.resume or cfg.overwrite):
         advice = "--resume goes on, --overwrite starts over, or name another"
@@ -2241,11 +2193,11 @@ def check_output_dir(cfg):
         refuse_inputs_inside(cfg, out)
 
 
-def has_content(out, besides=""):
-    """Whether a folder holds anything besides what a run that was killed early leaves there: hidden
-    files, and the cache (`besides`) where it lies inside."""
+def results_in(out):
+    """What a run's folder holds, but for hidden files: the lock, what was set aside before, and
+    somebody's .git."""
     files = out.iterdir() if out.exists() else ()
-    return any(not f.name.startswith(".") and f.resolve() != Path(besides).resolve() for f in files)
+    return [file for file in files if not file.name.startswith(".")]
 
 
 def read_run_config(out):
@@ -2288,23 +2240,21 @@ def output_lock(cfg, dist_info):
     require_writable(cfg.out)
     out = Path(cfg.out).absolute()
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    handle = open_lock(out, cfg.out)
+    lock = open_lock(out, cfg.out)
     try:
         check_output_dir(cfg)
         for folder in (out, out / "checkpoint"):
             remove_leftovers(folder, age=0)
         yield
     finally:
-        empty = not has_content(out)
+        empty = not results_in(out)
         if empty:  # nothing came of it: leave no trace
             (out / ".lock").unlink(missing_ok=True)  # while it is still ours
-        os.close(handle)
+        lock.close()
         if empty:
-            for folder in made:
-                try:
+            with suppress(OSError):  # something else is in one of them by now
+                for folder in made:
                     folder.rmdir()
-                except OSError:  # something else is in it by now
-                    break
 
 
 def open_lock(out, name):
@@ -2312,26 +2262,21 @@ def open_lock(out, name):
     waited for that one holds a lock that nobody else will ever see, and has to begin again."""
     while True:
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl:
-                take_lock(handle, name)
-            if os.path.samestat(os.fstat(handle), os.stat(out / ".lock")):
-                return handle
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
+        lock = open(out / ".lock", "a")
+        if fcntl:
+            take_lock(lock, name)
+        with suppress(FileNotFoundError):
+            if os.path.samefile(lock.fileno(), out / ".lock"):
+                return lock
+        lock.close()
 
 
-def take_lock(handle, name, patience=10):
+def take_lock(file, name, patience=10):
     """Lock an open file; InputError if somebody else has it for longer than `patience` seconds."""
     end = time.monotonic() + patience
     while True:
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > end:
                 raise InputError(f"--out {name} is in use by another run") from None
@@ -2349,8 +2294,7 @@ def prepare_output_dir(cfg, dist_info):
     if dist_info.is_main:
         out = Path(cfg.out)
         out.mkdir(parents=True, exist_ok=True)
-        # Hidden files are no results: the lock, what was set aside before, somebody's .git
-        old = [file for file in out.iterdir() if not file.name.startswith(".")]
+        old = results_in(out)
         if cfg.overwrite and not cfg.resume and old:
             aside = out / f".previous-{time.time_ns()}"
             aside.mkdir()
@@ -2420,12 +2364,13 @@ class Trainer:
         self.out = Path(cfg.out)
         self.output_name = "lora" if cfg.lora else "unet"
         self.accumulate = cfg.batch // (cfg.micro_batch * dist_info.world_size)
-        self.weights = [p for p in models.unet.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(cfg, self.weights)
+        self.parameters = [p for p in models.unet.parameters() if p.requires_grad]
+        self.weights = [p.detach() for p in self.parameters]  # the same memory, to read and copy to
+        self.optimizer = make_optimizer(cfg, self.parameters)
         self.scaler = torch.amp.GradScaler(dist_info.device.type, enabled=cfg.precision == "fp16")
         self.ema_weights = []
         if cfg.ema and dist_info.is_main:
-            self.ema_weights = [p.detach().clone() for p in self.weights]
+            self.ema_weights = [weight.clone() for weight in self.weights]
         self.step = 0
         self.signal = 0
         self.half_unet = None
@@ -2444,7 +2389,7 @@ class Trainer:
 
     def print_summary(self):
         cfg = self.cfg
-        size = sum(p.numel() for p in self.weights)
+        size = sum(weight.numel() for weight in self.weights)
         kind = f"LoRA of rank {cfg.lora}, " if cfg.lora else ""
         world = f"{self.dist_info.world_size} {self.dist_info.device.type}"
         print(f"{kind}{size:,} trained parameters, {cfg.precision}, {world}")
@@ -2464,8 +2409,12 @@ class Trainer:
 
     def steps(self):
         """Yields the micro-batches of one optimizer step after the other."""
-        place = {"initial": self.step, "total": self.cfg.steps}
-        self.bar = tqdm(desc=self.out.name, disable=not self.dist_info.is_main, **place)
+        self.bar = tqdm(
+            total=self.cfg.steps,
+            initial=self.step,
+            desc=self.out.name,
+            disable=not self.dist_info.is_main,
+        )
         stops = (signal.SIGTERM, signal.SIGINT)
         # A job that a shell runs with "&" has Ctrl-C ignored: then it stays so.
         stops = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
@@ -2525,7 +2474,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -2534,9 +2483,7 @@ class Trainer:
         # A short memory at first: the weights of the first steps should not stay in the average.
         ema_decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
         if self.ema_weights:
-            torch._foreach_lerp_(
-                self.ema_weights, [p.detach() for p in self.weights], 1 - ema_decay
-            )
+            torch._foreach_lerp_(self.ema_weights, self.weights, 1 - ema_decay)
         if self.half_unet is not None:
             copy_weights(self.models.unet, self.half_unet)
 
@@ -2592,63 +2539,55 @@ class Trainer:
         if not self.dist_info.is_main:
             return
         # JSON has no infinity: such a value (a gradient in fp16's first steps) is null.
-        is_number = {
-            name: value is not None and math.isfinite(value) for name, value in line.items()
-        }
-        line = {name: value if is_number[name] else None for name, value in line.items()}
+        for name, value in line.items():
+            if value is not None and not math.isfinite(value):
+                line[name] = None
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():
-                if is_number[name] and name != "step":
+                if value is not None and name != "step":
                     self.board.add_scalar(name, value, line["step"])
-        shown = {name: f"{line[name]:.4g}" for name in list(self.sums)[:3] if is_number[name]}
+        shown = {name: line[name] for name in list(self.sums)[:3]}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-
-    @contextmanager
-    def ema_in_place(self):
-        """with self.ema_in_place(): the UNet has the EMA weights where there are any."""
-        trained = [p.detach().clone() for p in self.weights] if self.ema_weights else []
-        if trained:
-            torch._foreach_copy_([p.data for p in self.weights], self.ema_weights)
-        try:
-            yield
-        finally:
-            if trained:
-                torch._foreach_copy_([p.data for p in self.weights], trained)
 
     def save_unet(self, name):
         """Write the UNet as diffusers does, in one file, or the LoRA: of the EMA weights, if there
         are any."""
-        with self.ema_in_place(), atomic(self.out / name) as temporary:
+        if self.ema_weights:
+            trained = [weight.clone() for weight in self.weights]
+            torch._foreach_copy_(self.weights, self.ema_weights)
+        with atomic(self.out / name) as temporary:
             if self.cfg.lora:
                 save_lora(self.models, temporary)
             else:
                 self.models.unet.save_pretrained(temporary, max_shard_size="100GB")
+        if self.ema_weights:
+            torch._foreach_copy_(self.weights, trained)
 
     def save_checkpoint(self):
         """A checkpoint is one file, complete or not there at all; only then do older ones go."""
         # DRO's buffers are each rank's own: they are gathered. Its policy is the same on all ranks.
         extra = {}
+        own = {}
         for name, value in self.extra_state.items():
-            if not isinstance(value, (torch.nn.Module, LoraView)):
-                extra[name] = to_cpu(value.state_dict())
-        parts = all_gather_objects(extra) if extra else [{}]
-        for name, value in self.extra_state.items():  # what is the same on all ranks
-            if name not in extra:
-                parts.append({name: to_cpu(value.state_dict())})
+            is_same = isinstance(value, (torch.nn.Module, LoraView))
+            part = extra if is_same else own
+            part[name] = to_cpu(value.state_dict())
+        for part in all_gather_objects(own):
+            extra |= part
         if self.dist_info.is_main:
             state = {
                 "step": self.step,
                 "settings": fixed_settings(self.cfg),
                 "data": self.samples.digest(self.step * self.cfg.batch),
                 "models": self.models.hashes,
-                "weights": [p.detach() for p in self.weights],
+                "weights": self.weights,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ema_weights": self.ema_weights,
-                "extra": {name: value for part in parts for name, value in part.items()},
+                "extra": extra,
             }
             folder = self.out / "checkpoint"
             folder.mkdir(exist_ok=True)
@@ -2691,14 +2630,12 @@ class Trainer:
         barrier()
 
     def restore(self, state):
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, [w.to(self.models.device) for w in state["weights"]])
+        for weight, saved in zip(self.weights, state["weights"]):
+            weight.copy_(saved)
+        for weight, saved in zip(self.ema_weights, state["ema_weights"]):  # the main rank has these
+            weight.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.ema_weights:
-            torch._foreach_copy_(
-                self.ema_weights, [w.to(self.models.device) for w in state["ema_weights"]]
-            )
         for name, value in self.extra_state.items():
             value.load_state_dict(state["extra"][name])
 

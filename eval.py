@@ -24,7 +24,7 @@ image with image.
 """
 
 import common
-from common import TINY, InputError, describe_error, first_line, option
+from common import TINY, InputError, describe_error, option
 from contextlib import contextmanager
 import copy
 import dataclasses
@@ -734,7 +734,7 @@ def score_pairs(table, score, cache, title, dist_info):
             raise InputError(f"--data {table.source.path} changes while it is read")
         before = rows
         mine = table.my_rows(rows)
-        items = items_to_score(table, store, mine)
+        items = items_to_score(table, mine)
         common.fill_store(store, items, prepare, compute, title, 2 * len(mine), dist_info)
         table.share_image_keys()
         store.refresh()
@@ -754,17 +754,14 @@ def rows_without_score(table, store):
     return (~known.all(1)).nonzero()[0]
 
 
-def items_to_score(table, store, rows):
-    """The (key, (image bytes, caption)) that the store lacks. Notes all image keys in the table."""
-    seen = set(store.undecodable.tolist())
+def items_to_score(table, rows):
+    """The (key, (image bytes, caption)) of all images. Notes their keys in the table."""
     for number, row in table.source.rows(("caption", *common.PAIR_COLUMNS), rows):
         for side, column in enumerate(common.PAIR_COLUMNS):
             image_key = common.image_key(row[column])
             table.image_keys[number, side] = image_key
             key = common.item_key(image_key, common.caption_key(row["caption"]))
-            if key not in seen and store.find(np.array([key]))[0] < 0:
-                seen.add(key)
-                yield key, (row[column], row["caption"])
+            yield key, (row[column], row["caption"])
 
 
 def read_scores(table, store):
@@ -796,15 +793,13 @@ def load_scores(path):
     if not Path(path).is_file():
         text = "it does not exist, or is no regular file"
         raise InputError(f"--scores {path} is no scores file: {text}")
-    try:
-        with safe_open(path, "pt") as file:
-            for name in ("score_0", "score_1", "key_0", "key_1"):
-                scores[name] = file.get_tensor(name)
-                dtype = torch.int64 if name.startswith("key") else torch.float32
-                if scores[name].dtype != dtype or scores[name].shape != (len(scores["score_0"]),):
-                    raise ValueError(f"{name} is {scores[name].dtype} {scores[name].shape}")
-    except Exception as error:  # safetensors raises its own
-        raise InputError(f"--scores {path} is no scores file: {first_line(error)}") from error
+    failed = common.as_input_error(f"--scores {path} is no scores file")
+    with failed, safe_open(path, "pt") as file:
+        for name in ("score_0", "score_1", "key_0", "key_1"):
+            scores[name] = file.get_tensor(name)
+            dtype = torch.int64 if name.startswith("key") else torch.float32
+            if scores[name].dtype != dtype or scores[name].shape != (len(scores["score_0"]),):
+                raise ValueError(f"{name} is {scores[name].dtype} {scores[name].shape}")
     if not (scores["score_0"].isfinite() | scores["score_1"].isfinite()).any():
         raise InputError(f"--scores {path}: not one score is finite")
     return scores

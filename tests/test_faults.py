@@ -265,8 +265,8 @@ def test_a_killed_fill_store_keeps_its_finished_shards(tmp_path):
         if kill_at:
             assert len(list(folder.glob("*.safetensors"))) == 2
         counts[name] = log.read_text().split()
-    # 594 of the rows decode: 37 batches of 16 and one that is filled up to 16. Two shards of 256
-    # are 32 batches, which stay: the second run encodes the 82 rows that are missing.
+    # 600 rows are 37 batches of 16 and one of 8; what does not decode is filled up, to 16. Two
+    # shards of 256 are 32 batches, which stay: the second run encodes the 88 rows that are missing.
     assert counts == {"whole": ["16"] * 38, "killed": ["16"] * 38, "again": ["16"] * 6}
     keys = [common.content_key(b"row %d" % number) for number in range(FILL_ROWS)]
     for folder in ("whole", "killed"):
