@@ -345,6 +345,11 @@ def parse(Config, presets, argv=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
+def exit_with(code, text):
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def run_script(main):
     """Run a script's main: quiet libraries, one line and exit code 2 for bad input, SIGTERM handled
     like Ctrl-C (exit code 130), the process group closed at the end."""
@@ -368,16 +373,12 @@ def run_script(main):
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        exit_with(2, f"error: {error}")
     except (torch.OutOfMemoryError, MemoryError) as error:
         advice = "try a smaller --micro_batch, --checkpointing or --lora"
-        print(f"error: out of memory ({first_line(error)}): {advice}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        exit_with(2, f"error: out of memory ({first_line(error)}): {advice}")
     except (Stopped, KeyboardInterrupt) as why:
-        text = str(why) or "interrupted: what was finished is kept, --resume goes on"
-        print(text, file=sys.stderr, flush=True)
-        sys.exit(130)
+        exit_with(130, str(why) or "interrupted: what was finished is kept, --resume goes on")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
@@ -1742,7 +1743,8 @@ def batched(items, size):  # in itertools from Python 3.12 on
 
 
 def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
-    """Compute what a store lacks. This can be killed and started again: finished shards are kept.
+    """Compute what a store lacks, over all ranks. This can be killed and started again: finished
+    shards are kept.
 
     items: (key, content) of this rank's rows; what the store has is left out. load(content) ->
     something to encode, or None if it does not decode (in threads); encode(list of ENCODE_BATCH
@@ -1767,10 +1769,12 @@ def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
                     encoded.append({name: rows[: len(good)].cpu() for name, rows in result.items()})
                 bar.update(len(batch))
             if not keys and not undecodable:
-                return
+                break
             names = encoded[0] if encoded else ()
             tensors = {name: torch.cat([part[name] for part in encoded]) for name in names}
             store.write(keys, tensors, undecodable)
+    barrier()
+    store.refresh()
 
 
 class RowTable:
@@ -1842,10 +1846,8 @@ class RowTable:
 
     def share_image_keys(self):
         """Bring together what the ranks have read, and keep it."""
-        known = self.image_keys.nonzero()
-        found = all_gather_objects((known, self.image_keys[known[:, 0], known[:, 1]]))
-        for where, keys in found:
-            self.image_keys[where[:, 0], where[:, 1]] = keys
+        for keys in all_gather_objects(self.image_keys):
+            self.image_keys = torch.where(keys != 0, keys, self.image_keys)
         if self.dist_info.is_main:
             self.save()
         barrier()
@@ -2003,7 +2005,6 @@ class SampleStream:
             self.cfg.workers,
         )
         self.table.share_image_keys()
-        self.latents.refresh()
 
     def shown_images(self, rows, shown):
         """The (key, (bytes, mirrored)) of images that samples show; notes every key on the way."""
@@ -2052,8 +2053,6 @@ class SampleStream:
             len(mine),
             self.dist_info,
         )
-        barrier()
-        self.embeddings.refresh()
         if (self.embeddings.find(keys) < 0).any():
             raise InputError(f"--data {self.cfg.data} changes while it is read")
 
@@ -2591,17 +2590,14 @@ class Trainer:
             }
             folder = self.out / "checkpoint"
             folder.mkdir(exist_ok=True)
-            older = find_checkpoints(self.out)
-            path = folder / f"step-{self.step:08d}.pt"
             try:
-                with atomic(path) as temporary:
+                with atomic(folder / f"step-{self.step:08d}.pt") as temporary:
                     torch.save(state, temporary)
             except InputError as error:
                 advice = "the one before it is whole, and --resume goes on from it"
                 raise InputError(f"checkpoint of step {self.step}: {error}; {advice}") from error
-            for file in older:
-                if file != path:
-                    file.unlink()
+            for older in find_checkpoints(self.out)[:-1]:
+                older.unlink()
         barrier()
 
     def load_checkpoint(self):

@@ -737,7 +737,6 @@ def score_pairs(table, score, cache, title, dist_info):
         items = items_to_score(table, mine)
         common.fill_store(store, items, prepare, compute, title, 2 * len(mine), dist_info)
         table.share_image_keys()
-        store.refresh()
 
 
 def item_keys(table):
