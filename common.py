@@ -31,7 +31,7 @@ if Path(sys.argv[0]).name in SCRIPTS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, lambda number, frame: os._exit(130))
 
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 import copy
@@ -178,7 +178,8 @@ def inversion_plan(paths, alpha_bar, mode, device):
     Everything is made on the CPU and sent in one copy: a copy for each step would make the GPU wait
     each time."""
     longest = max(len(path) for path in paths)
-    sizes, table = [], []
+    sizes = []
+    table = []
     for step in range(longest):
         active = [i for i, path in enumerate(paths) if step >= longest - len(path)]
         sizes.append(len(active))
@@ -190,10 +191,13 @@ def inversion_plan(paths, alpha_bar, mode, device):
             unet_t = t_to if mode == "paper" else t_from
             table.append([i, unet_t, ab_from, alpha_bar[t_to].item()])
     table = to_device(torch.tensor(table, dtype=torch.float64), device)
-    return [
-        (part[:, 0].long(), part[:, 1].long(), *part[:, 2:].float().T.reshape(2, -1, 1, 1, 1))
-        for part in table.split(sizes)
-    ]
+    plan = []
+    for part in table.split(sizes):
+        idx = part[:, 0].long()
+        unet_t = part[:, 1].long()
+        ab_from, ab_to = part[:, 2:].float().T.reshape(2, -1, 1, 1, 1)
+        plan.append((idx, unet_t, ab_from, ab_to))
+    return plan
 
 
 # Running DDIM upwards, a step from x_from to x_to needs the noise predicted at x_to, which is not
@@ -548,10 +552,11 @@ def write_text(path, text):
 def remove_leftovers(folder, age):
     """Delete temporary files of killed writers, if nobody has touched them for `age` seconds."""
     ours = "[0-9a-f]" * 12  # as `atomic` names them
-    for file in [*Path(folder).glob(f".*.{ours}.new"), *Path(folder).glob(f".*.{ours}.old")]:
-        with suppress(FileNotFoundError):  # its writer is alive, and has just given it its name
-            if time.time() - file.stat().st_mtime >= age:
-                remove(file)
+    for suffix in ("new", "old"):
+        for file in Path(folder).glob(f".*.{ours}.{suffix}"):
+            with suppress(FileNotFoundError):  # its writer is alive, and has just renamed it
+                if time.time() - file.stat().st_mtime >= age:
+                    remove(file)
 
 
 # ------------------------------------------------------------------------------ 5. models
@@ -661,7 +666,8 @@ def weight_problems(part, info):
     for kind, names in kinds.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{kind}: {', '.join(sorted(names)[:3])}{more}")
+            shown = ", ".join(sorted(names)[:3])
+            problems.append(f"{kind}: {shown}{more}")
     return problems
 
 
@@ -723,7 +729,8 @@ def load_index(model, revision=None):
     for name in sorted(listed | {"scheduler", *PIPELINES[kind]}):
         if name in LEFT_OUT:
             continue
-        found = ".".join(str(word) for word in index.get(name) or () if word) or "absent"
+        words = [str(word) for word in index.get(name) or () if word]
+        found = ".".join(words) or "absent"
         expected = PIPELINES[kind].get(name, "absent")
         fits = found.removesuffix("Fast") == expected  # CLIPTokenizerFast is the same class
         if name == "scheduler":
@@ -765,7 +772,8 @@ def load_scheduler(model, class_name, revision=None):
         actual = getattr(scheduler, "alphas_cumprod", torch.empty(0)).float()
         expected = actual if expected is None else expected
         # Euler's last value of a zero-SNR schedule is 2^-24 where DDPM's is 0: within atol
-        if not (len(actual) == len(expected) and torch.allclose(actual, expected, atol=1e-6)):
+        same_length = len(actual) == len(expected)
+        if not same_length or not torch.allclose(actual, expected, atol=1e-6):
             raise InputError(f"{where} ({name}) has no plain beta schedule: not supported")
     return scheduler
 
@@ -839,7 +847,8 @@ def weights_hash(part, without=()):
     if isinstance(part, torch.nn.Module):
         for name, value in part.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            value = value.cpu().contiguous().flatten()
+            digest.update(value.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -957,7 +966,8 @@ class Models:
         added = {name: value for name, value in cond.items() if name != "encoder_hidden_states"}
         # One autocast region per call. A longer one would cache weights that were cast under
         # no_grad, and a later call would use these and give no gradient.
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        in_half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=in_half):
             hidden = cond["encoder_hidden_states"]
             out = unet(xt, t, hidden, added_cond_kwargs=added or None).sample
         return out.float()
@@ -1049,9 +1059,8 @@ def add_adapter(unet, rank, seed, name):
         warnings.simplefilter("ignore")  # that there are two adapters is intended
         torch.manual_seed(seed)
         unet.add_adapter(config, adapter_name=name)
-    for key, weight in unet.named_parameters():
-        if f".{name}." in key:
-            weight.data = weight.data.float()
+    for weight in LoraView(unet, name).parameters():
+        weight.data = weight.data.float()
 
 
 class LoraView:
@@ -1079,7 +1088,8 @@ class LoraView:
                 layer.set_adapter("default")
 
     def parameters(self):
-        return [weight for key, weight in self.unet.named_parameters() if f".{self.name}." in key]
+        named = self.unet.named_parameters()
+        return [weight for key, weight in named if f".{self.name}." in key]
 
     def state_dict(self):
         return {str(i): weight for i, weight in enumerate(self.parameters())}
@@ -1160,7 +1170,8 @@ def open_folder(title, path, folder, split):
     # `top` is the file that lies highest.
     top = min(files, key=lambda file: (len(file.parts), file.suffix != ".jsonl"))
     kind = ImageFolderRows if top.suffix == ".jsonl" else ParquetRows
-    return kind(title, path, folder, [file for file in files if file.suffix == top.suffix])
+    same_kind = [file for file in files if file.suffix == top.suffix]
+    return kind(title, path, folder, same_kind)
 
 
 def split_files(title, folder, split):
@@ -1185,7 +1196,8 @@ def split_files(title, folder, split):
     splits = DataFilesDict.from_patterns(patterns, base_path=f"memory:/{base}")
     memory.rm(base, recursive=True)
     if split not in splits:
-        raise InputError(f"{title} has no split {split}, only {', '.join(map(str, splits))}")
+        has = ", ".join(map(str, splits))
+        raise InputError(f"{title} has no split {split}, only {has}")
     # A name that fits two patterns comes twice.
     names = sorted({found.partition(f"{base}/")[2] for found in splits[split]})
     # `datasets` overlooks Test-0.parquet and split=test/, and puts train/test/ into both splits.
@@ -1198,7 +1210,10 @@ def split_files(title, folder, split):
 
 def walk_files(folder):
     """Paths (str: there may be 1,000,000) of all files below a folder, sorted."""
-    return sorted(os.path.join(base, name) for base, _, names in os.walk(folder) for name in names)
+    paths = []
+    for base, _, names in os.walk(folder):
+        paths += [os.path.join(base, name) for name in names]
+    return sorted(paths)
 
 
 def require_columns(source, columns):
@@ -1298,7 +1313,7 @@ class RowSource:
             return opened.read()
 
     def fingerprint(self):
-        """A text that changes whenever the set's content may have changed; None if not known."""
+        """A text that changes whenever the set's content may have changed."""
         facts = []
         for file in walk_files(self.folder) if self.folder else self.files:
             if os.path.exists(file):  # a link may lead nowhere
@@ -1381,11 +1396,13 @@ def read_parquet(file, bounds, names, wanted, batch_size):
     skipped. bounds: the numbers where the row groups begin, and the end."""
     # Memory is bounded whatever the size of a row group: pyarrow reads a page as a whole, and
     # writes up to 1,024 rows into one, so 2 x 1,024 images are held for each image column at most.
-    groups = np.diff(np.searchsorted(wanted, bounds)).nonzero()[0].tolist()
+    ends = np.searchsorted(wanted, bounds)
+    groups = np.diff(ends).nonzero()[0].tolist()
     if not groups:
         return
     # iter_batches goes on from row group to row group, so a batch may span several.
-    numbers = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in groups])
+    spans = [np.arange(bounds[i], bounds[i + 1]) for i in groups]
+    numbers = np.concatenate(spans)
     # Without buffer_size, pyarrow reads a column of a row group as a whole.
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
         columns = [name for name in names if name in parquet.schema_arrow.names]
@@ -1451,10 +1468,9 @@ class HubRows(RowSource):
         from huggingface_hub import HfApi
 
         # Without a revision, a set that is updated during a run would change under it.
-        try:
+        self.revision = None
+        with suppress(Exception):  # load_dataset will say what is wrong
             self.revision = HfApi().dataset_info(self.name).sha
-        except Exception:  # load_dataset will say what is wrong
-            self.revision = None
         source = {"split": self.split, "revision": self.revision}
         self.stream = load_dataset(self.name, streaming=True, **source)
         if self.stream.features:  # images stay bytes: a broken one costs its row alone
@@ -1462,7 +1478,7 @@ class HubRows(RowSource):
         return next(iter(self.stream), None)
 
     def fingerprint(self):
-        return self.revision
+        return self.revision or f"unknown {uuid.uuid4()}"
 
     def read_file(self, file, what):
         """`datasets` gives the hub's address of an image, or its place in a zip file of the hub."""
@@ -1519,7 +1535,8 @@ def decode_image(cell):
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.mode in ("I", "F") or image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        pixels = image.width * image.height
+        if image.mode in ("I", "F") or pixels > Image.MAX_IMAGE_PIXELS:
             return None
         image.load()  # raises where the file is cut off
         with suppress(Exception):  # damaged EXIF data says nothing about the pixels
@@ -1639,7 +1656,8 @@ class TensorStore:
                 self.discard(file, error)
                 continue
             keys.append(row_keys)
-            places.append((len(self.files) << 32) + np.arange(len(row_keys)))
+            first = len(self.files) << 32
+            places.append(first + np.arange(len(row_keys)))
             undecodable.append(bad_keys)
             self.files.append(file)
         keys = np.concatenate(keys)
@@ -1657,20 +1675,22 @@ class TensorStore:
         if not len(self.keys):
             return np.full(len(keys), -1)
         order = np.argsort(keys)  # millions of keys are found faster in their order
+        last = len(self.keys) - 1
         nearest = np.empty(len(keys), np.int64)
-        nearest[order] = np.searchsorted(self.keys, keys[order]).clip(max=len(self.keys) - 1)
+        nearest[order] = np.searchsorted(self.keys, keys[order]).clip(max=last)
         return np.where(self.keys[nearest] == keys, self.places[nearest], -1)
 
     def read(self, keys):
         """Keys (n,) -> {name: (n, ...) tensor on the CPU}. KeyError where a row is missing,
         InputError where one is damaged: its file is then removed."""
         places = self.find(keys)
-        if (places < 0).any():
-            raise KeyError(f"{self.folder} lacks {(places < 0).sum()} of {len(keys)} rows")
+        missing = (places < 0).sum()
+        if missing:
+            raise KeyError(f"{self.folder} lacks {missing} of {len(keys)} rows")
         order = np.argsort(places, kind="stable")
-        numbers = places[order] >> 32
-        groups = np.split(places[order], np.flatnonzero(np.diff(numbers)) + 1)  # one for each file
-        parts = [self.read_rows(group) for group in groups]
+        places = places[order]
+        next_file = np.flatnonzero(np.diff(places >> 32)) + 1  # where another file's rows begin
+        parts = [self.read_rows(group) for group in np.split(places, next_file)]
         back = torch.from_numpy(np.argsort(order))
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
@@ -1701,7 +1721,8 @@ class TensorStore:
         content["undecodable"] = torch.tensor(undecodable, dtype=torch.int64)
         content["checksum"] = torch.tensor(checksums, dtype=torch.int64)
         # The name follows from the content, so two runs that write the same write one file.
-        name = hashlib.blake2b(str([*keys, *undecodable]).encode(), digest_size=12).hexdigest()
+        about = str([*keys, *undecodable])
+        name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
         with atomic(self.folder / f"{name}.safetensors") as temporary:
             save_file(content, temporary)
 
@@ -1736,12 +1757,6 @@ def missing_items(store, items):
             yield key, content
 
 
-def batched(items, size):  # in itertools from Python 3.12 on
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
-
-
 def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
     """Compute what a store lacks, over all ranks. This can be killed and started again: finished
     shards are kept.
@@ -1755,7 +1770,8 @@ def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
             keys = []  # of the shard that is being made
             encoded = []  # its batches
             undecodable = []
-            for batch in batched(islice(loaded, ROWS_PER_SHARD), ENCODE_BATCH):
+            shard = islice(loaded, ROWS_PER_SHARD)
+            while batch := list(islice(shard, ENCODE_BATCH)):
                 undecodable += [key for key, content in batch if content is None]
                 good = {key: content for key, content in batch if content is not None}
                 keys += good
@@ -1798,13 +1814,13 @@ class RowTable:
             self.columns = ("caption", "label_0")
         require_columns(self.source, (*self.columns, *self.image_columns))
         self.dist_info = dist_info
-        place = os.path.abspath(cfg.data) if os.path.exists(cfg.data) else cfg.data  # a hub id
+        place = cfg.data  # a hub id
+        if os.path.exists(place):
+            place = os.path.abspath(place)
         about = f"{place} {self.image_columns}"
         name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
         self.file = Path(cfg.cache) / "rows" / f"{name}.safetensors"
-        unknown = f"unknown {uuid.uuid4()}"  # then it never holds at the next start
-        known = self.source.fingerprint() if dist_info.is_main else None
-        self.fingerprint = broadcast_from_main(known or unknown)
+        self.fingerprint = broadcast_from_main(dist_info.is_main and self.source.fingerprint())
         if dist_info.is_main and not self.load():
             self.scan()
             self.save()
@@ -1814,7 +1830,8 @@ class RowTable:
 
     def scan(self):
         """Read captions and labels of all rows."""
-        labels, caption_keys = [], []
+        labels = []
+        caption_keys = []
         for _, row in self.source.rows(self.columns):
             labels.append(row.get("label_0", 1.0))
             caption_keys.append(caption_key(row["caption"]))
@@ -1860,17 +1877,19 @@ class RowTable:
     def check_scores(self, scores, cfg):
         """Refuse scores of other rows: the key of each item that was read is compared."""
         name = f"--scores {cfg.scores}" if cfg.scores else f"the scores in {cfg.out}"
-        rows, sides = self.image_keys.shape
-        if len(scores["key_0"]) != rows:
-            text = f"have {len(scores['key_0'])} rows, --data {cfg.data} has {rows}"
+        keys = torch.stack([scores["key_0"], scores["key_1"]], 1)
+        if len(keys) != len(self.labels):
+            text = f"have {len(keys)} rows, --data {cfg.data} has {len(self.labels)}"
             raise InputError(f"{name} {text}")
-        for side in range(sides):
-            keys = item_key(self.image_keys[:, side], self.caption_keys)
-            read = self.image_keys[:, side] != 0
-            other = (read & (keys != scores[f"key_{side}"])).nonzero()
-            if len(other):
-                text = f"were made from other rows than --data {cfg.data}: see row {int(other[0])}"
-                raise InputError(f"{name} {text}")
+        is_read = self.image_keys != 0
+        other = (is_read & (keys != self.item_keys())).any(1).nonzero()
+        if len(other):
+            text = f"were made from other rows than --data {cfg.data}: see row {int(other[0])}"
+            raise InputError(f"{name} {text}")
+
+    def item_keys(self):
+        """(R, K): the key of each image with its caption; wrong where the image was not read."""
+        return item_key(self.image_keys, self.caption_keys[:, None])
 
 
 # How a sample comes about. With 3 rows to train on, batch 2 and 4 steps there are 8 samples:
@@ -1906,10 +1925,11 @@ class SampleStream:
             text = f"its {len(train_mask)} rows are all ties or broken"
             raise InputError(f"--data {cfg.data}: {text}")
         self.latent_shape = models.latent_shape(cfg.resolution)
-        kind = f"{models.hashes['vae'][:16]}-{cfg.resolution}-{cfg.precision}-v{CACHE_VERSION}"
-        self.latents = TensorStore(Path(cfg.cache) / f"latents-{kind}")
-        kind = f"{models.hashes['text encoder'][:16]}-{cfg.precision}-v{CACHE_VERSION}"
-        self.embeddings = TensorStore(Path(cfg.cache) / f"captions-{kind}")
+        settings = f"{cfg.precision}-v{CACHE_VERSION}"
+        vae = models.hashes["vae"][:16]
+        self.latents = TensorStore(Path(cfg.cache) / f"latents-{vae}-{cfg.resolution}-{settings}")
+        encoder = models.hashes["text encoder"][:16]
+        self.embeddings = TensorStore(Path(cfg.cache) / f"captions-{encoder}-{settings}")
         self.flips = self.draw_flips()
         self.rows = self.encode_what_is_met()
         self.encode_captions()
@@ -1955,7 +1975,8 @@ class SampleStream:
         count = self.cfg.steps * self.cfg.batch
         size = len(self.train_rows)
         keys = self.keys_of(self.train_rows)
-        broken = np.isin(keys, self.latents.undecodable) | np.isin(~keys, self.latents.undecodable)
+        undecodable = self.latents.undecodable  # as they are or mirrored
+        broken = np.isin(keys, undecodable) | np.isin(~keys, undecodable)
         decodable = ~broken.any(1)
         if not decodable.any():
             raise InputError(f"--data {self.cfg.data}: no image of its training rows decodes")
@@ -1963,7 +1984,8 @@ class SampleStream:
         # 2, 3], rows 4, 3, 3, 1, 2. (After the last good one comes the first again.)
         rows = []
         for epoch in range(math.ceil(count / size)):
-            order = torch.randperm(size, generator=generator(self.cfg.seed, "order", epoch)).numpy()
+            random = generator(self.cfg.seed, "order", epoch)
+            order = torch.randperm(size, generator=random).numpy()
             good = decodable[order].nonzero()[0]  # positions in this order
             following = np.searchsorted(good, np.arange(size)) % len(good)
             rows.append(self.train_rows[order[good[following]]])
@@ -2058,7 +2080,7 @@ class SampleStream:
 
     def check_disk(self, images):
         """Say what the cache will take at most, and refuse to start what cannot end."""
-        size = math.prod(self.latent_shape) * torch.finfo(self.models.dtype).bits // 8
+        size = math.prod(self.latent_shape) * self.models.dtype.itemsize
         needed = max(0, images - len(self.latents.keys)) * size  # what is there may be of these
         free = shutil.disk_usage(self.cfg.cache).free
         text = f"the latents of {images:,} images take up to {needed / 2**30:.1f} GiB"
@@ -2162,15 +2184,6 @@ def validate_config(cfg, dist_info):
             raise InputError(f"--{name} is missing")
 
 
-def require_writable(out):
-    """InputError unless the folder is there and can be written to, or can be made."""
-    out = Path(out).absolute()
-    existing = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        text = f"{existing} is no folder that can be written to"
-        raise InputError(f"--out {out} cannot be written: {text}")
-
-
 def check_output_dir(cfg):
     """Refuse to write over an earlier run without being told to, or to resume what does not fit."""
     out = Path(cfg.out)
@@ -2223,7 +2236,7 @@ def refuse_inputs_inside(cfg, out):
     names = ("model", "vae", "unet", "data", "cache", "prompts", "judge")
     for name in (*names, "scores", "reward", "reward_processor"):
         value = getattr(cfg, name, None)
-        if value and Path(value).absolute().resolve().is_relative_to(out.resolve()):
+        if value and Path(value).resolve().is_relative_to(out.resolve()):
             where = f"--out {cfg.out}, which --overwrite replaces"
             raise InputError(f"--{name} {value} lies inside {where}")
 
@@ -2236,9 +2249,13 @@ def output_lock(cfg, dist_info):
     if not dist_info.is_main:
         yield
         return
-    require_writable(cfg.out)
     out = Path(cfg.out).absolute()
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    folders = [out, *out.parents]
+    made = [folder for folder in folders if not folder.exists()]  # those that have to be made
+    existing = folders[len(made)]
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        text = f"{existing} is no folder that can be written to"
+        raise InputError(f"--out {out} cannot be written: {text}")
     lock = open_lock(out, cfg.out)
     try:
         check_output_dir(cfg)
@@ -2306,7 +2323,8 @@ def prepare_output_dir(cfg, dist_info):
 
 def write_config(cfg):
     content = dataclasses.asdict(cfg) | {"versions": versions()}
-    write_text(Path(cfg.out) / "config.json", json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    write_text(Path(cfg.out) / "config.json", f"{text}\n")
 
 
 def find_checkpoints(out):
@@ -2366,7 +2384,8 @@ class Trainer:
         self.parameters = [p for p in models.unet.parameters() if p.requires_grad]
         self.weights = [p.detach() for p in self.parameters]  # the same memory, to read and copy to
         self.optimizer = make_optimizer(cfg, self.parameters)
-        self.scaler = torch.amp.GradScaler(dist_info.device.type, enabled=cfg.precision == "fp16")
+        in_fp16 = cfg.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(dist_info.device.type, enabled=in_fp16)
         self.ema_weights = []
         if cfg.ema and dist_info.is_main:
             self.ema_weights = [weight.clone() for weight in self.weights]
@@ -2422,7 +2441,7 @@ class Trainer:
             while self.step < self.cfg.steps:
                 self.started = time.perf_counter()
                 self.waited = 0.0
-                self.sums = {}
+                self.sums = defaultdict(float)
                 self.models.calls = 0
                 yield self.iter_micro_batches()
         finally:
@@ -2461,7 +2480,7 @@ class Trainer:
         # DDP takes the mean over the ranks. So the batch counts, not how it is cut.
         self.scaler.scale(loss / self.accumulate).backward()
         for name, value in {"loss": loss, **values}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() / self.accumulate
+            self.sums[name] += value.detach().float() / self.accumulate
 
     def optimizer_step(self):
         """Clip, update the weights and what follows them, log, and save where it is time."""

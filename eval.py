@@ -739,15 +739,10 @@ def score_pairs(table, score, cache, title, dist_info):
         table.share_image_keys()
 
 
-def item_keys(table):
-    """(R, 2) int64 numpy: each item's key. It is wrong where the image was not read yet."""
-    return common.item_key(table.image_keys, table.caption_keys[:, None]).numpy()
-
-
 def rows_without_score(table, store):
     """Sorted numbers of the rows with an image that was not read yet or has no score."""
     # A row is known if each of its images was read, and then was scored or does not decode.
-    keys = item_keys(table)
+    keys = table.item_keys().numpy()
     known = (store.find(keys.ravel()) >= 0).reshape(keys.shape) | np.isin(keys, store.undecodable)
     known &= table.image_keys.numpy() != 0
     return (~known.all(1)).nonzero()[0]
@@ -765,7 +760,7 @@ def items_to_score(table, rows):
 
 def read_scores(table, store):
     """What `score_pairs` returns, from a store that has every item."""
-    keys = item_keys(table)
+    keys = table.item_keys().numpy()
     values = np.full(keys.shape, np.nan, np.float32)  # NaN stays where an image does not decode
     decodable = ~np.isin(keys, store.undecodable)
     if decodable.any():
