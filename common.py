@@ -90,7 +90,7 @@ def describe_error(error):
 
 @contextmanager
 def as_input_error(text):
-    """with as_input_error(text): an error of a library becomes an InputError, `text: its words`."""
+    """with as_input_error(text): what a library raises becomes an InputError, `text: its line`."""
     try:
         yield
     except InputError:
@@ -749,9 +749,8 @@ def load_scheduler(model, class_name, revision=None):
     # them. EDM, flow matching and shifted schedules (CogVideoX) fail one of the two.
     import diffusers
 
-    files = {"subfolder": "scheduler", "revision": revision}
     with as_input_error(f"the scheduler of {model} cannot be loaded"):
-        raw = diffusers.DDPMScheduler.load_config(model, **files)
+        raw = diffusers.DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision)
     where = f"--model {model}: its scheduler"
     prediction = raw.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -934,7 +933,6 @@ class Models:
     def encode_prompts(self, captions):
         """n captions -> {"encoder_hidden_states": (n, L, D)}, SDXL's {"text_embeds": (n, P)} too,
         in the run's dtype; exactly what the stock pipeline's sampling gives the UNet."""
-        captions = list(captions)
         device = self.encoders[0].device
         guidance = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         out = self.pipe.encode_prompt(captions, device=device, **guidance)
@@ -1053,8 +1051,9 @@ def add_adapter(unet, rank, seed, name):
         from peft import LoraConfig
     except ImportError as error:
         raise InputError("--lora needs the package peft: pip install peft") from error
-    settings = {"init_lora_weights": "gaussian", "target_modules": LORA_MODULES}
-    config = LoraConfig(r=rank, lora_alpha=rank, **settings)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_MODULES
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are two adapters is intended
         torch.manual_seed(seed)
@@ -1340,8 +1339,9 @@ def normalise_label(label, has_label, number):
     if judged in ("false", "0", "0.0", "no", "f", "n"):
         return 0.5
     if judged not in ("true", "1", "1.0", "yes", "t", "y", "none", "nan"):
-        text = f"is {has_label!r:.80}, not true or false"
-        raise InputError(f"has_label of row {number} (from 0) {text}")
+        raise InputError(
+            f"has_label of row {number} (from 0) is {has_label!r:.80}, not true or false"
+        )
     try:
         value = float(label)  # an int, a bool, a Decimal or a text
     except (TypeError, ValueError, OverflowError):
@@ -1471,8 +1471,9 @@ class HubRows(RowSource):
         self.revision = None
         with suppress(Exception):  # load_dataset will say what is wrong
             self.revision = HfApi().dataset_info(self.name).sha
-        source = {"split": self.split, "revision": self.revision}
-        self.stream = load_dataset(self.name, streaming=True, **source)
+        self.stream = load_dataset(
+            self.name, split=self.split, streaming=True, revision=self.revision
+        )
         if self.stream.features:  # images stay bytes: a broken one costs its row alone
             self.stream = self.stream.decode(False)
         return next(iter(self.stream), None)
@@ -1922,8 +1923,9 @@ class SampleStream:
         self.extra = extra
         self.train_rows = train_mask.nonzero()[:, 0].numpy()
         if not len(self.train_rows):
-            text = f"its {len(train_mask)} rows are all ties or broken"
-            raise InputError(f"--data {cfg.data}: {text}")
+            raise InputError(
+                f"--data {cfg.data}: its {len(train_mask)} rows are all ties or broken"
+            )
         self.latent_shape = models.latent_shape(cfg.resolution)
         settings = f"{cfg.precision}-v{CACHE_VERSION}"
         vae = models.hashes["vae"][:16]
@@ -2156,8 +2158,9 @@ def require_same_settings(cfg, settings):
     now = fixed_settings(cfg)
     for name, then in settings.items():
         if now.get(name) != then:
-            text = f"--{name} {then}, not {now.get(name)}: give the same"
-            raise InputError(f"--resume goes on with {text}")
+            raise InputError(
+                f"--resume goes on with --{name} {then}, not {now.get(name)}: give the same"
+            )
 
 
 def check_ranges(cfg):
@@ -2227,8 +2230,9 @@ def require_checkpoint(out, config):
     log = out / "log.jsonl"
     steps = len(log.read_text().splitlines()) if log.exists() else 0
     if steps > config.get("save_every", steps) and not find_checkpoints(out):
-        text = f"its log has {steps} steps, its checkpoint is gone"
-        raise InputError(f"{out}: {text}: --overwrite starts over")
+        raise InputError(
+            f"{out}: its log has {steps} steps, its checkpoint is gone: --overwrite starts over"
+        )
 
 
 def refuse_inputs_inside(cfg, out):
@@ -2237,8 +2241,9 @@ def refuse_inputs_inside(cfg, out):
     for name in (*names, "scores", "reward", "reward_processor"):
         value = getattr(cfg, name, None)
         if value and Path(value).resolve().is_relative_to(out.resolve()):
-            where = f"--out {cfg.out}, which --overwrite replaces"
-            raise InputError(f"--{name} {value} lies inside {where}")
+            raise InputError(
+                f"--{name} {value} lies inside --out {cfg.out}, which --overwrite replaces"
+            )
 
 
 @contextmanager
@@ -2254,8 +2259,9 @@ def output_lock(cfg, dist_info):
     made = [folder for folder in folders if not folder.exists()]  # those that have to be made
     existing = folders[len(made)]
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        text = f"{existing} is no folder that can be written to"
-        raise InputError(f"--out {out} cannot be written: {text}")
+        raise InputError(
+            f"--out {out} cannot be written: {existing} is no folder that can be written to"
+        )
     lock = open_lock(out, cfg.out)
     try:
         check_output_dir(cfg)
@@ -2298,8 +2304,9 @@ def take_lock(file, name, patience=10):
                 raise InputError(f"--out {name} is in use by another run") from None
             time.sleep(0.2)
         except OSError as error:  # some network storage has no locks
-            text = f"cannot be locked ({first_line(error)}): keep other runs away from it"
-            print(f"--out {name} {text}")
+            print(
+                f"--out {name} cannot be locked ({first_line(error)}): keep other runs away from it"
+            )
             return None
 
 
@@ -2627,8 +2634,9 @@ class Trainer:
             require_same_settings(self.cfg, state["settings"])
             self.step = state["step"]
             if self.step > self.cfg.steps:
-                text = f"--steps {self.cfg.steps} is less than the {self.step} that are done"
-                raise InputError(f"--resume: {text}")
+                raise InputError(
+                    f"--resume: --steps {self.cfg.steps} is less than the {self.step} that are done"
+                )
             for part, value in self.models.hashes.items():
                 if state["models"][part] != value:
                     raise InputError(f"--resume: the {part} of --model is another one than before")
