@@ -1244,9 +1244,8 @@ class RowSource:
         trl = set(TRL_COLUMNS.values())
         self.first_won = trl <= set(raw_columns) and "jpg_0" not in raw_columns
         if self.first_won:
-            self.columns = tuple(TRL_COLUMNS) + tuple(
-                name for name in raw_columns if name not in trl | {*TRL_COLUMNS}
-            )
+            others = [name for name in raw_columns if name not in trl | {*TRL_COLUMNS}]
+            self.columns = (*TRL_COLUMNS, *others)
             self.raw_names |= TRL_COLUMNS
 
     def rows(self, columns, wanted=None):
