@@ -1793,6 +1793,20 @@ def fill_store(store, items, load, encode, title, total, dist_info, workers=4):
     store.refresh()
 
 
+def rounds(find_rows, data):
+    """The rows that find_rows() says are still to be read, on all ranks, again and again until
+    there are none. InputError if reading them makes no difference."""
+    before = None
+    while True:
+        rows = broadcast_from_main(find_rows())
+        if not len(rows):
+            return
+        if np.array_equal(rows, before):
+            raise InputError(f"--data {data} changes while it is read")
+        yield rows
+        before = rows
+
+
 class RowTable:
     """What is known of a set's R rows without opening an image, and the keys of the images that
     were read before: labels (R,) fp32, caption_keys (R,) and image_keys (R, K) int64, 0 where not
@@ -1932,7 +1946,8 @@ class SampleStream:
         encoder = models.hashes["text encoder"][:16]
         self.embeddings = TensorStore(Path(cfg.cache) / f"captions-{encoder}-{settings}")
         self.flips = self.draw_flips()
-        self.rows = self.encode_what_is_met()
+        for to_read in rounds(self.rows_to_read, cfg.data):
+            self.encode_images(to_read)
         self.encode_captions()
         models.free_encoders()  # their work is done: the memory is for the training
         if dist_info.is_main:
@@ -1954,21 +1969,6 @@ class SampleStream:
             random = generator(self.cfg.seed, "flip", step)
             draws.append(torch.rand(shape, generator=random) < chance)
         return torch.cat(draws).numpy()
-
-    def encode_what_is_met(self):
-        """The row of each sample, (samples,), once every image of these rows is in the cache."""
-        # Only reading an image shows whether it decodes. If one does not, other rows take its
-        # place, and some of those may have to be read: the next round of this loop.
-        before = None
-        while True:
-            rows = broadcast_from_main(self.choose_rows())
-            to_read = broadcast_from_main(self.rows_to_read(rows))
-            if not len(to_read):
-                return rows
-            if np.array_equal(to_read, before):
-                raise InputError(f"--data {self.cfg.data} changes while it is read")
-            self.encode_images(rows, to_read)
-            before = to_read
 
     def choose_rows(self):
         """The row of each sample, as far as is known: each epoch is a new order of the training
@@ -1997,23 +1997,27 @@ class SampleStream:
         """(n, K) int64: the keys of the images that samples of these rows have, in their order."""
         return self.table.image_keys.numpy()[rows[:, None], self.sides[rows]]
 
-    def shown_views(self, rows):
+    def shown_views(self):
         """(R, K, 2) bool: which images samples show, as they are and mirrored."""
         shown = np.zeros((*self.table.image_keys.shape, 2), bool)
-        shown[rows[:, None], self.sides[rows], self.flips.astype(int)] = True
+        shown[self.rows[:, None], self.sides[self.rows], self.flips.astype(int)] = True
         return shown
 
-    def rows_to_read(self, rows):
-        """Sorted rows with an image that was not read yet or is not in the cache."""
-        row, side, mirrored = self.shown_views(rows).nonzero()
+    def rows_to_read(self):
+        """Sorted rows with an image that was not read yet or is not in the cache; of those that
+        samples have as far as is known, self.rows (samples,)."""
+        # Only reading an image shows whether it decodes. If one does not, other rows take its
+        # place, and some of those may have to be read: another round.
+        self.rows = broadcast_from_main(self.choose_rows())
+        row, side, mirrored = self.shown_views().nonzero()
         keys = self.table.image_keys.numpy()[row, side]  # 0, of an unread image, is in no store
         keys = np.where(mirrored, ~keys, keys)
         return np.unique(row[self.latents.find(keys) < 0])
 
-    def encode_images(self, rows, to_read):
+    def encode_images(self, to_read):
         """Read some rows, and encode those of their images that samples show and the cache
         lacks."""
-        shown = self.shown_views(rows)
+        shown = self.shown_views()
         mine = self.table.my_rows(to_read)
         self.check_disk(int(shown[to_read].sum()))
         images = self.shown_images(mine, shown)

@@ -725,18 +725,13 @@ def score_pairs(table, score, cache, title, dist_info):
     # Scores of another model, or by other libraries, lie in another folder.
     name = common.broadcast_from_main(score.fingerprint() if dist_info.is_main else None)
     store = common.TensorStore(Path(cache) / f"scores-{name}")
-    before = None
-    while True:  # once, unless a file of the store turns out to be damaged
-        rows = common.broadcast_from_main(rows_without_score(table, store))
-        if not len(rows):
-            return read_scores(table, store)
-        if np.array_equal(rows, before):
-            raise InputError(f"--data {table.source.path} changes while it is read")
-        before = rows
+    # Once, unless a file of the store turns out to be damaged
+    for rows in common.rounds(lambda: rows_without_score(table, store), table.source.path):
         mine = table.my_rows(rows)
         items = items_to_score(table, mine)
         common.fill_store(store, items, prepare, compute, title, 2 * len(mine), dist_info)
         table.share_image_keys()
+    return read_scores(table, store)
 
 
 def rows_without_score(table, store):
