@@ -54,8 +54,8 @@ class TimedStream(common.SampleStream):
 
     whole = Clock()
 
-    def encode_images(self, rows, to_read):
-        self.whole.timed(super().encode_images)(rows, to_read)
+    def encode_images(self, to_read):
+        self.whole.timed(super().encode_images)(to_read)
 
 
 def make_config(folder, *more):
