@@ -10,12 +10,15 @@
 6. data                          rows, images, and the cache of latents and caption embeddings
 7. training                      the output folder, the trainer, checkpoints
 
-To learn a method, section 1 and Trainer.optimizer_step are all that matters here. The rest makes
-sure that nothing is silently wrong and nothing is lost.
+To learn a method, read here: section 1; Models.predict, predict_eps and target; SampleStream.draw;
+Trainer.iter_micro_batches, backward and optimizer_step. The rest makes sure that nothing is
+silently wrong and nothing is lost.
 
 notation   x0 clean latent | xt noised latent | eps noise | t timestep
            alpha_bar (T,) cumulative product of 1 - beta | ab its value at some timestep
-           N images, B rows of a micro-batch; tensors (N, C, h, w), first images 0, then images 1
+           R rows of a set; a row is a pair, or a single image. A sample is a row with its
+           timestep, noise and flips; B samples are a micro-batch, with N = 2B images for pairs.
+           Tensors (N, C, h, w): all first images, then all second (DPO: winners, then losers)
 """
 
 import os
@@ -127,14 +130,14 @@ def add_noise(x0, eps, t, alpha_bar):
 
 
 def predicted_x0(xt, eps, t, alpha_bar):
-    """The clean latent that eps would have led to xt from: add_noise, solved for x0."""
+    """The x0 for which add_noise(x0, eps, t) is xt."""
     ab = alpha_bar_at(alpha_bar, t, xt)
     return (xt - (1 - ab).sqrt() * eps) / ab.sqrt()
 
 
 def ddim_step(x, eps, ab_from, ab_to):
-    """A deterministic DDIM step, up or down, between the noise levels ab_from and ab_to
-    (arXiv 2010.02502, Eq. 12 with sigma = 0)."""
+    """A deterministic DDIM step, up or down, from alpha_bar = ab_from to ab_to (arXiv 2010.02502,
+    Eq. 12 with sigma = 0). x, eps (n, C, h, w); ab_from, ab_to (n, 1, 1, 1)."""
     x0 = (x - (1 - ab_from).sqrt() * eps) / ab_from.sqrt()
     return ab_to.sqrt() * x0 + (1 - ab_to).sqrt() * eps
 
@@ -154,9 +157,9 @@ def inversion_path(t, T, steps, mode):
     else:
         grid = [min(k * T // steps, T - 1) for k in range(1, steps + 1)]
     if mode == "paper":
-        return [level for level in grid if level < t] + [t]
-    end = next((level for level in grid if level >= t), grid[-1])
-    path = [level for level in grid if level <= end]
+        return [timestep for timestep in grid if timestep < t] + [t]
+    end = next((timestep for timestep in grid if timestep >= t), grid[-1])
+    path = [timestep for timestep in grid if timestep <= end]
     # The released loop stops at 1 on its way, where there is hardly any noise. Without that stop
     # two UNet calls are saved, and eps differs by 5 % on average (tests/test_released.py).
     if mode == "release" and len(path) > 1:
@@ -164,12 +167,13 @@ def inversion_path(t, T, steps, mode):
     return path
 
 
-# An image with fewer steps joins later, so that all images finish together. Two images with t = 450
-# and t = 150 (release, 5 steps), and what the UNet is told:
+# An image with fewer steps joins later, so that the batch's last step is the last one of every
+# image (paper refines only that one). Two images with t = 450 and t = 150, in mode release with 5 steps,
+# and in brackets what the UNet is told:
 #
-#     step of the batch     1                 2               3
-#     image 0   clean -> 201 (0)    201 -> 401 (201)   401 -> 601 (401)
-#     image 1                                          clean -> 201 (0)
+#     step of the batch   0                   1                   2
+#     image 0             clean -> 201 (0)    201 -> 401 (201)    401 -> 601 (401)
+#     image 1                                                     clean -> 201 (0)
 #
 def inversion_plan(paths, alpha_bar, mode, device):
     """The steps of a whole batch, as a list of (idx, unet_t, ab_from, ab_to), each over the n
@@ -195,7 +199,8 @@ def inversion_plan(paths, alpha_bar, mode, device):
     for part in table.split(sizes):
         idx = part[:, 0].long()
         unet_t = part[:, 1].long()
-        ab_from, ab_to = part[:, 2:].float().T.reshape(2, -1, 1, 1, 1)
+        ab_from = part[:, 2].float().view(-1, 1, 1, 1)
+        ab_to = part[:, 3].float().view(-1, 1, 1, 1)
         plan.append((idx, unet_t, ab_from, ab_to))
     return plan
 
@@ -205,40 +210,44 @@ def inversion_plan(paths, alpha_bar, mode, device):
 # make a first guess of x_to, predicts again there, and steps with the average of the two. For one
 # image:
 #
-#     for t_from, t_to in steps_of_the_path:           # t = 450: clean -> 201 -> 401 -> 601
-#         eps_here = eps(x, unet_t)                    # unet_t =     0,     201,    401
+#     for t_from, t_to in steps_of_the_path:           # release, t = 450:
+#         eps_here = eps(x, unet_t)                    #     clean -> 201 -> 401 -> 601
+#                                                      #     unet_t = 0,    201,   401
 #         x_guess = ddim(x, eps_here, t_from -> t_to)
 #         eps_there = eps(x_guess, unet_t)
 #         x = ddim(x, (eps_here + eps_there) / 2, t_from -> t_to)
 #
-# Why at all: add_noise leads from x0 to timestep t with any noise. The inverted one is, up to the
-# error of a few steps, the noise from which this model would sample x0 again. It is a function of
-# the image, so the two images of a pair get two noises.
+# Why at all: add_noise reaches timestep t with any noise. Inversion finds the latent from which
+# this model's sampler would lead back to x0, up to the error of few steps (and, in release, of a
+# noise level that is not that of t). The two images of a pair get two noises.
 def renoise_invert(eps_fn, x0, t, alpha_bar, steps, mode, renoise=1):
     """Find the noise of each image by few-step DDIM inversion, refined by ReNoise.
 
-    mode   "release"  the released code (under diffusers 0.20): x ends at the first grid timestep
-                      at or above t. Its noise level is then not quite that of t, but eps below is
-                      formed with t anyway. unet_t is the timestep that a step comes FROM.
+    mode   "release"  the released code, less its stop at timestep 1 (see inversion_path): x ends at
+                      the first grid timestep at or above t, up to T / steps away from it. Still eps
+                      below is formed with t. unet_t is the timestep that a step comes FROM.
            "above"    the same with the grid kT/n.
            "paper"    our reading of the paper: x ends exactly at t, unet_t is the timestep that a
                       step goes TO, and only the last step is refined.
 
     eps_fn(x (n, C, h, w), unet_t (n,), idx (n,)) -> eps (n, C, h, w), where idx says which images
-    of the batch these are. t (N,) long, each image its own, best kept on the CPU. Returns (xt,
-    eps), both (N, C, h, w), with eps = (xt - sqrt(ab_t) x0) / sqrt(1 - ab_t).
+    of the batch these are. t (N,) long, each image its own, on the CPU: otherwise reading it waits
+    for the GPU. Returns (xt, eps), both (N, C, h, w), with eps = (xt - sqrt(ab_t) x0) / sqrt(1 -
+    ab_t).
 
-    UNet calls an image: 2 for each step of release and above, steps + 1 for paper.
+    UNet calls an image: with renoise = 1, 2 for each step of its path in release and above, and
+    its steps + 1 in paper; with renoise = 0, 1 for each step.
     ValueError for another mode, steps outside of 1..T, or a renoise other than 0 and 1."""
     if not 1 <= steps <= len(alpha_bar) or renoise not in (0, 1):
         raise ValueError(f"steps must be in 1..T, renoise 0 or 1, not {steps} and {renoise}")
-    paths = [inversion_path(level, len(alpha_bar), steps, mode) for level in t.tolist()]
+    paths = [inversion_path(each, len(alpha_bar), steps, mode) for each in t.tolist()]
     plan = inversion_plan(paths, alpha_bar, mode, x0.device)
     x = x0.clone()
     for number, (idx, unet_t, ab_from, ab_to) in enumerate(plan, 1):
         x_from = x[idx]
         eps = eps_fn(x_from, unet_t, idx)
-        if renoise and (mode != "paper" or number == len(plan)):
+        is_last = number == len(plan)  # of every image that takes part
+        if renoise and (mode != "paper" or is_last):
             x_guess = ddim_step(x_from, eps, ab_from, ab_to)
             eps_there = eps_fn(x_guess, unet_t, idx)
             eps = (eps + eps_there) / 2
@@ -1909,20 +1918,20 @@ class RowTable:
 # How a sample comes about. With 3 rows to train on, batch 2 and 4 steps there are 8 samples:
 #
 #     k                 0  1  2 | 3  4  5 | 6  7      three epochs, each a new order of the rows
-#     rows[k]           2  0  5 | 0  5  2 | 5  2      numbers of the set (its other rows are ties)
+#     rows[k]           2  0  5 | 0  5  2 | 5  2      row numbers in the set (the others are ties)
 #     sides[rows[k]]    (1, 0) ...                    e.g. the winner is image 1, the loser image 0
 #     flips[k]          (False, True) ...             which of the two is mirrored
 #     draw(k)           t, noise, dropped             from a generator of its own
 #
-# All of this is known before the first step. So what will be met can be encoded ahead, and
-# everything else can be left alone: SmPO's sd15 recipe meets a quarter of Pick-a-Pic.
+# All of this is known before the first step. So what will be used can be encoded ahead, and
+# everything else can be left alone: SmPO's sd15 recipe uses a quarter of Pick-a-Pic.
 class SampleStream:
     """Sample k of the whole run, for every k. Its row and all its random draws follow from the seed
     and k alone: not from the number of GPUs or of restarts.
 
-    table: the set; train_mask (R,) bool: its rows to train on; sides (R, K) long: which images of a
-    row a sample has, in this order (e.g. the winner, then the loser); extra: more values by row,
-    (R,).
+    table: the set; train_mask (R,) bool: its rows to train on; sides (R, K) long: which K images of
+    a row a sample has, in this order (e.g. the winner, then the loser); extra: further values of
+    the rows, (R,), which `batch` hands on.
 
     The constructor encodes what the run is going to meet and the cache lacks. A row with an image
     that does not decode gives its place to the next row of the epoch's order."""
@@ -2144,7 +2153,8 @@ class SampleStream:
 # The order of a run, and why: refuse what can be refused before anything is loaded; lock the output
 # folder; load the models; open, score and encode the data; only then move aside what was in the
 # folder and write to it. So a command that fails early leaves everything as it was.
-# What may differ when a run goes on. Everything else decides what is learnt.
+
+# What may differ when a run is resumed. Everything else decides what is learnt.
 MAY_CHANGE_ON_RESUME = (
     "preset out steps workers cache save_every keep_every resume overwrite compile checkpointing "
     "eval_prompts prompts judge eval_steps cfg"
@@ -2349,7 +2359,7 @@ def make_optimizer(cfg, weights):
         return torch.optim.AdamW(weights, fused=True, **settings)
     from transformers.optimization import Adafactor
 
-    # as Diffusion-DPO's code trains SDXL: the learning rate is used as it is
+    # As Diffusion-DPO's code trains SDXL: the learning rate is used as it is
     return Adafactor(weights, scale_parameter=False, relative_step=False, **settings)
 
 
@@ -2378,8 +2388,8 @@ class Trainer:
                    precision, refreshed after each step: autocast would cast all weights anew in
                    each pass. The results are the same to the bit.
     extra_state    {name: what has state_dict and load_state_dict}: a method's own part of the
-                   checkpoint. Modules are the same on all ranks; anything else is this rank's, and
-                   its name is no other rank's.
+                   checkpoint. Modules are equal on all ranks, and saved once. Anything else belongs
+                   to one rank, has a name that no other rank has, and is gathered.
     """
 
     def __init__(self, cfg, dist_info, models, samples, extra_state=None):
@@ -2436,7 +2446,8 @@ class Trainer:
         return self.half_unet
 
     def steps(self):
-        """Yields the micro-batches of one optimizer step after the other."""
+        """For each optimizer step that is left, an iterator over this rank's micro-batches. What
+        moves it on is `optimizer_step`, which counts the steps."""
         self.bar = tqdm(
             total=self.cfg.steps,
             initial=self.step,
@@ -2480,14 +2491,14 @@ class Trainer:
             batch = self.samples.batch(range(start, start + size))
             self.waited += time.perf_counter() - before
             if self.dist_info.world_size > 1:
-                # Gradients travel between the GPUs with the last micro-batch alone.
+                # As DDP.no_sync: only the last micro-batch's backward averages over the ranks.
                 self.unet.require_backward_grad_sync = i + 1 == self.accumulate
             yield batch | {"number": number}
 
     def backward(self, loss, values):
         """Accumulate the gradient of a micro-batch's mean loss, and scalar tensors for the log."""
         # The gradient is the mean over all micro-batches: this division is over a rank's own, and
-        # DDP takes the mean over the ranks. So the batch counts, not how it is cut.
+        # DDP takes the mean over the ranks. So it does not depend on how the batch is cut.
         self.scaler.scale(loss / self.accumulate).backward()
         for name, value in {"loss": loss, **values}.items():
             self.sums[name] += value.detach().float() / self.accumulate
@@ -2497,7 +2508,7 @@ class Trainer:
         cfg = self.cfg
 
         # Update the weights. (fp16's scaler has multiplied the loss, so that small gradients do not
-        # become 0; clipping is in the true unit.)
+        # become 0. unscale_ takes that back, so that clip is in the gradient's own unit.)
         lr = cfg.lr * min(1.0, (self.step + 1) / max(1, cfg.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -2507,7 +2518,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-        # Update what follows them.
+        # Update the EMA weights and the half-precision copy.
         # A short memory at first: the weights of the first steps should not stay in the average.
         ema_decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
         if self.ema_weights:
@@ -2535,7 +2546,8 @@ class Trainer:
 
     def mean_over_ranks(self, grad_norm):
         """The step's logged values as numbers: the one wait for the device in a step."""
-        calls = self.models.calls * self.dist_info.world_size / self.cfg.batch  # per row
+        # UNet calls a row, of all ranks. (Times world_size, since the mean below divides by it.)
+        calls = self.models.calls * self.dist_info.world_size / self.cfg.batch
         more = grad_norm.new_tensor([calls, self.signal])
         values = torch.stack([*self.sums.values(), grad_norm.float(), *more])
         if self.dist_info.world_size > 1:
