@@ -168,8 +168,8 @@ def inversion_path(t, T, steps, mode):
 
 
 # An image with fewer steps joins later, so that the batch's last step is the last one of every
-# image (paper refines only that one). Two images with t = 450 and t = 150, in mode release with 5 steps,
-# and in brackets what the UNet is told:
+# image (paper refines only that one). Two images with t = 450 and t = 150, in mode release with 5
+# steps, and in brackets what the UNet is told:
 #
 #     step of the batch   0                   1                   2
 #     image 0             clean -> 201 (0)    201 -> 401 (201)    401 -> 601 (401)
@@ -210,9 +210,8 @@ def inversion_plan(paths, alpha_bar, mode, device):
 # make a first guess of x_to, predicts again there, and steps with the average of the two. For one
 # image:
 #
-#     for t_from, t_to in steps_of_the_path:           # release, t = 450:
-#         eps_here = eps(x, unet_t)                    #     clean -> 201 -> 401 -> 601
-#                                                      #     unet_t = 0,    201,   401
+#     for t_from, t_to in steps_of_the_path:           # release, t = 450: clean, 201, 401, 601
+#         eps_here = eps(x, unet_t)                    # the UNet is told:     0, 201, 401
 #         x_guess = ddim(x, eps_here, t_from -> t_to)
 #         eps_there = eps(x_guess, unet_t)
 #         x = ddim(x, (eps_here + eps_there) / 2, t_from -> t_to)
