@@ -158,6 +158,7 @@ def transformer_config(weights, heads, layers="encoder.layers.", mlp="mlp.fc1.we
         "num_attention_heads": heads,
         "num_hidden_layers": len(numbers),
         "intermediate_size": len(weights[f"{layers}0.{mlp}"]),
+        "hidden_act": "gelu",  # the default of CLIP's configuration is OpenAI's quick_gelu
     }
     patches = weights.get("embeddings.patch_embedding.weight")
     if patches is not None:  # a vision transformer
@@ -186,7 +187,7 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
     for key in ("visual_projection.weight", "text_projection.weight"):
         weights[key] = weights[key].T.contiguous()
 
-    # The configuration follows from the shapes, all but the heads and the activation.
+    # The configuration follows from the shapes, all but the heads.
     text = select_weights(weights, "text_model.")
     vision = select_weights(weights, "vision_model.")
     vocabulary, width = text["embeddings.token_embedding.weight"].shape
@@ -194,33 +195,26 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
         "vocab_size": vocabulary,
         "hidden_size": width,
         "max_position_embeddings": len(text["embeddings.position_embedding.weight"]),
-        "hidden_act": "gelu",  # the default is OpenAI's quick_gelu
         "bos_token_id": None,
         "eos_token_id": vocabulary - 1,
     }
-    config = CLIPConfig(
-        text_config=text_config,
-        vision_config=transformer_config(vision, vision_heads) | {"hidden_act": "gelu"},
-        projection_dim=len(weights["text_projection.weight"]),
-    )
+    vision_config = transformer_config(vision, vision_heads)
+    size = len(weights["text_projection.weight"])
+    config = CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=size)
     return load_strict(CLIPModel(config), weights)
 
 
 def linear_chain(weights):
     """Linear layers without activations -> nn.Sequential: the head of both aesthetic predictors
     and of ImageReward. weights: {"0.weight", "0.bias", "2.weight", ...} or {"weight", "bias"}."""
-    unexpected = [key for key in weights if not re.fullmatch(r"(\d+\.)?(weight|bias)", key)]
-    if unexpected:
-        raise RuntimeError(f"unexpected: {', '.join(sorted(unexpected)[:3])}")
-    names = {key.removesuffix("weight").removesuffix("bias") for key in weights}
-    layers = []
-    for name in sorted(names, key=lambda name: int(name[:-1] or 0)):  # by number: 10 after 2
-        outputs, inputs = weights[f"{name}weight"].shape
-        layer_weights = {k: weights[f"{name}{k}"] for k in ("weight", "bias")}
-        layers.append(load_strict(nn.Linear(inputs, outputs), layer_weights))
-    chain = nn.Sequential(*layers).eval()
+    weights = select_weights(weights, renames=((r"^(weight|bias)$", r"0.\1"),))
+    numbers = [key.removesuffix(".weight") for key in weights if re.fullmatch(r"\d+\.weight", key)]
+    chain = nn.Sequential()
+    for number in sorted(numbers, key=int):  # 10 comes after 2
+        outputs, inputs = weights[f"{number}.weight"].shape
+        chain.add_module(number, nn.Linear(inputs, outputs))
     chain.config = {}  # common.weights_hash asks for one; all there is to know is in the weights
-    return chain
+    return load_strict(chain, weights)
 
 
 # CLIP sees image and caption apart and compares two vectors. BLIP's text encoder reads the caption
@@ -238,9 +232,7 @@ class ImageReward(nn.Module):
     def forward(self, pixel_values, input_ids, attention_mask):
         """(N, 3, H, H), (N, L), (N, L) -> (N,) fp32."""
         image = self.vision(pixel_values=pixel_values).last_hidden_state
-        words = self.text(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image
-        )
+        words = self.text(input_ids, attention_mask, encoder_hidden_states=image)
         reward = self.head(words.last_hidden_state[:, 0].float())[:, 0]
         # The mean and the standard deviation over the authors' training set
         return (reward - 0.16717362830052426) / 1.0333394966054072
@@ -256,9 +248,8 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
 
     # The image encoder
     image = select_weights(state_dict, "blip.visual_encoder.", BLIP_TO_TRANSFORMERS)
-    config = transformer_config(image, vision_heads)
-    vision = BlipVisionModel(BlipVisionConfig(**config, layer_norm_eps=1e-6))
-    load_strict(vision, image)
+    config = BlipVisionConfig(**transformer_config(image, vision_heads), layer_norm_eps=1e-6)
+    vision = load_strict(BlipVisionModel(config), image)
 
     # The text encoder, whose layers also attend to the image
     words = select_weights(state_dict, "blip.text_encoder.")
@@ -275,10 +266,8 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
         "sep_token_id": None,
     }
     text = BlipTextModel(BlipTextConfig(**config), add_pooling_layer=False)
-    load_strict(text, words)
-
     head = linear_chain(select_weights(state_dict, "mlp.layers."))
-    return ImageReward(vision, text, head).eval()
+    return ImageReward(vision, load_strict(text, words), head).eval()
 
 
 def read_weights(path):
