@@ -30,7 +30,6 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 import hashlib
-import importlib.util
 from itertools import combinations
 import json
 import math
@@ -39,6 +38,7 @@ import os
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 import re
+import runpy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import sys
@@ -263,6 +263,7 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
         "max_position_embeddings": len(words["embeddings.position_embeddings.weight"]),
         "layer_norm_eps": 1e-12,  # BERT's; the image encoder has 1e-6
         "bos_token_id": None,
+        "eos_token_id": None,
         "sep_token_id": None,
     }
     text = BlipTextModel(BlipTextConfig(**config), add_pooling_layer=False)
@@ -308,9 +309,9 @@ class Scorer:
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts")
         values = [torch.empty(0)]
         for start in range(0, len(images), batch):
-            chunk = images[start : start + batch]
-            prepared = [self.prepare(image.convert("RGB")) for image in chunk]
-            values.append(self.score_prepared(prepared, prompts[start : start + batch]))
+            chunk = slice(start, start + batch)
+            prepared = [self.prepare(image.convert("RGB")) for image in images[chunk]]
+            values.append(self.score_prepared(prepared, prompts[chunk]))
         return torch.cat(values)
 
     @torch.no_grad()
@@ -325,8 +326,7 @@ class Scorer:
         finite = int(values.isfinite().sum())
         # Other scores than these must not reach a mean or a loss.
         if not len(prepared) == len(values) == finite:
-            text = f"{finite} finite values for {len(prepared)} images"
-            raise InputError(f"{self.name} gives {text}")
+            raise InputError(f"{self.name} gives {finite} finite values for {len(prepared)} images")
         return values
 
     def prepare(self, image):
@@ -374,14 +374,11 @@ class Judge(Scorer):
         file, _, function = name.rpartition(":")
         if not Path(file).is_file():
             raise InputError(f"{self.name}: there is no file {file}")
-        # The file is run as a module of its own name; it is the user's, so running it is fine.
-        spec = importlib.util.spec_from_file_location(f"judge_{Path(file).stem}", file)
-        module = importlib.util.module_from_spec(spec)
+        # The file is the user's, so running it is fine.
         try:
-            spec.loader.exec_module(module)
+            self.compute = runpy.run_path(file).get(function)
         except Exception as error:
             raise InputError(f"{self.name} raises {describe_error(error)}") from error
-        self.compute = getattr(module, function, None)
         if not callable(self.compute):
             raise InputError(f"{self.name}: {file} has no function {function}")
         # What the file imports is not seen: after a change there, use another --cache.
@@ -433,10 +430,11 @@ class ClipScorer(Scorer):
 
 
 def require_fitting_tokenizer(tokenizer, config):
-    """InputError where a CLIP text encoder would read this tokenizer's output wrongly."""
+    """InputError where a text encoder would read this tokenizer's output wrongly."""
     # Nothing fails by itself then: all texts would get some score, and a wrong one.
-    # The text feature is taken at the end of text. Where there is none, it would silently be taken
-    # at the first token, the same for all texts. (2 is how old configs spell "the largest id".)
+    # CLIP's text feature is taken at the end of text. Where there is none, it would silently be
+    # taken at the first token, the same for all texts. (2 is how old configs spell "the largest
+    # id".) BLIP's is taken at the first token, and its configuration has no end.
     ids = tokenizer("a photo").input_ids
     end = max(ids) if config.eos_token_id == 2 else config.eos_token_id
     problem = None
@@ -445,7 +443,7 @@ def require_fitting_tokenizer(tokenizer, config):
         problem = f"has no length, or more than {config.max_position_embeddings} tokens"
     elif len(tokenizer) > config.vocab_size:
         problem = f"has {len(tokenizer)} words, the model {config.vocab_size}"
-    elif end not in ids or tokenizer.eos_token_id != end:
+    elif end is not None and (end not in ids or tokenizer.eos_token_id != end):
         problem = f"ends a text with {tokenizer.eos_token_id}, the model expects {end}"
     if problem:
         raise InputError(f"the tokenizer does not fit the model: it {problem}")
@@ -536,14 +534,12 @@ class ImageRewardScorer(Scorer):
         self.tokenizer = common.load_pretrained(AutoTokenizer, files["tokenizer"], "tokenizer")
         # BLIP adds two words to BERT's. Texts still begin with [CLS]: so the authors' code does.
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            text = f"{len(self.tokenizer)} words, the model {self.model.config.vocab_size}"
-            raise InputError(f"the tokenizer does not fit the model: it has {text}")
+        self.tokenizer.model_max_length = 35  # as in the authors' training
+        require_fitting_tokenizer(self.tokenizer, self.model.config)
         self.parts = (self.model, self.tokenizer)
 
     def compute(self, prepared, prompts):
-        padding = {"padding": "max_length", "max_length": 35}  # as in the authors' training
-        words = self.tokenizer(prompts, truncation=True, return_tensors="pt", **padding)
+        words = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         words = words.to(self.model.text.device)
         pixels = torch.stack(prepared).to(words.input_ids.device, self.model.vision.dtype)
         return self.model(pixels, words.input_ids, words.attention_mask)
@@ -772,8 +768,7 @@ def read_scores(table, store):
 
 def write_scores(path, scores, scorer, unit, data):
     """Write a scores file. Its metadata says who scored which set, and in which unit."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with common.atomic(path) as temporary:
         save_file(scores, temporary, {"scorer": scorer, "unit": unit, "data": str(data)})
 
@@ -782,10 +777,9 @@ def load_scores(path):
     """A scores file -> what `score_pairs` returned. InputError if it is none."""
     # Another program may have made it, so nothing about it is taken for granted.
     scores = {}
-    if not Path(path).is_file():
-        text = "it does not exist, or is no regular file"
-        raise InputError(f"--scores {path} is no scores file: {text}")
     try:
+        if not Path(path).is_file():
+            raise ValueError("it does not exist, or is no regular file")
         with safe_open(path, "pt") as file:
             for name in ("score_0", "score_1", "key_0", "key_1"):
                 scores[name] = file.get_tensor(name)
