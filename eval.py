@@ -899,15 +899,11 @@ def hash_images(pipe, cfg, unets, prompts, dist_info):
 
 def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
     """Draw the images that a folder lacks; returns all of its files, (P prompts)(N images)."""
-    # The ranks take batches in turn. A batch is drawn completely or not at all: the last bits of an
-    # image depend on those it was drawn with, and neither the number of GPUs nor a restart should
-    # change a bit of it.
+    # A batch is drawn completely or not at all: the last bits of an image depend on those it was
+    # drawn with, and a restart should not change a bit of it.
     numbers = range(cfg.images_per_prompt)
     files = [[folder / f"{i:05d}_{j}.png" for j in numbers] for i in range(len(prompts))]
-    # Which batches are this rank's, and which of them are not complete?
-    jobs = [(i, j) for i in range(len(prompts)) for j in numbers]
-    starts = range(0, len(jobs), cfg.micro_batch)[dist_info.rank :: dist_info.world_size]
-    batches = [jobs[start : start + cfg.micro_batch] for start in starts]
+    batches = my_batches(files, cfg, dist_info)
     missing = [batch for batch in batches if not all(files[i][j].exists() for i, j in batch)]
     # The UNet is loaded, and the pipeline brought to the GPU, only where there is something to do.
     if missing:
@@ -926,6 +922,16 @@ def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
     return files
 
 
+def my_batches(files, cfg, dist_info):
+    """This rank's batches of a table of images (P prompts)(N images): lists of (number of the
+    prompt, number of its image)."""
+    # The ranks take batches in turn, so a batch has the same images on 1 GPU and on 8, and what is
+    # computed from it the same bits.
+    jobs = [(i, j) for i, row in enumerate(files) for j in range(len(row))]
+    starts = range(0, len(jobs), cfg.micro_batch)[dist_info.rank :: dist_info.world_size]
+    return [jobs[start : start + cfg.micro_batch] for start in starts]
+
+
 def sample(pipe, texts, jobs, cfg):
     """The images of a batch, as PIL. jobs: (number of the prompt, number of its image)."""
     shape = (1, pipe.unet.config.in_channels, *latent_size(pipe))
@@ -933,41 +939,33 @@ def sample(pipe, texts, jobs, cfg):
     # adds at every step. Drawn on the CPU, it is the same on every GPU.
     generators = [common.generator(cfg.seed, "image", i, j) for i, j in jobs]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    output = pipe(
-        texts,
-        latents=noise.to(pipe.unet.dtype),
-        generator=generators,
-        num_inference_steps=cfg.steps,
-        guidance_scale=cfg.cfg,
-    )
-    return output.images
+    latents = noise.to(pipe.unet.dtype)
+    settings = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.cfg}
+    return pipe(texts, latents=latents, generator=generators, **settings).images
 
 
 def read_images(folder, prompts):
     """The image files of a folder, (P prompts)(N images), in the order of the numbers in their
     names: one number (0, 1, 2, ...; N images of the first prompt come first) or two (prompt and
     image: 00012_3.png). InputError where one is missing, which would shift all that follow."""
-    files = {}
-    for file in Path(folder).glob("*"):
-        if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            numbers = tuple(int(digits) for digits in re.findall(r"\d+", file.stem))
-            files[numbers, file.name] = file
+    suffixes = (".png", ".jpg", ".jpeg", ".webp")
+    files = [file for file in Path(folder).glob("*") if file.suffix.lower() in suffixes]
     many, rest = divmod(len(files), len(prompts))
     if rest or not many:
         text = f"{len(files)} images do not divide among {len(prompts)} prompts"
         raise InputError(f"--images {folder}: {text}")
-    ordered = sorted(files)
-    numbers = [numbers for numbers, _ in ordered]
+    numbers = {file: tuple(map(int, re.findall(r"\d+", file.stem))) for file in files}
+    different = set(numbers.values())
     # A number that is the same in all names, as in sd15_0001.png, counts nothing. The others run
     # from 0 or 1, so that many different names fill the ranges exactly where none is missing.
-    varying = [column for column in zip(*numbers) if len(set(column)) > 1]
-    counts = [len(range(min(*column, 1), max(column) + 1)) for column in varying]
+    varying = [set(column) for column in zip(*different) if len(set(column)) > 1]
+    counts = [1 + max(column) - min(1, *column) for column in varying]
     other_prompts = len(counts) > 1 and counts[0] != len(prompts)
-    if math.prod(counts) != len(files) or len(set(numbers)) != len(files) or other_prompts:
+    if not len(files) == len(different) == math.prod(counts) or other_prompts:
         text = "the numbers in the names have gaps, are there twice, or do not fit the prompts"
         raise InputError(f"--images {folder}: {text}")
-    paths = [files[key] for key in ordered]
-    return [paths[start : start + many] for start in range(0, len(paths), many)]
+    files.sort(key=numbers.get)
+    return [files[start : start + many] for start in range(0, len(files), many)]
 
 
 # ------------------------------------------------------------------------------ 6. comparison
@@ -1070,23 +1068,19 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
 
 
 def score_files(score, files, prompts, cfg, dist_info, title):
-    """Scores (P)(N) of image files (P)(N), the ranks taking batches in turn."""
-    # A batch has the same images whatever the number of ranks, so its scores have the same bits.
-    jobs = [(file, prompt) for row, prompt in zip(files, prompts) for file in row]
-    starts = range(0, len(jobs), cfg.micro_batch)
-    batches = {start: jobs[start : start + cfg.micro_batch] for start in starts}
-    mine = starts[dist_info.rank :: dist_info.world_size]
+    """Scores (P)(N) of image files (P)(N). The ranks share the work."""
+    batches = my_batches(files, cfg, dist_info)
     # Threads decode and prepare the next images while the model scores these.
-    to_load = ((None, file) for start in mine for file, _ in batches[start])
+    to_load = ((None, files[i][j]) for batch in batches for i, j in batch)
     prepared = common.prefetch(to_load, lambda file: score.prepare(open_image(file)), workers=4)
     values = {}
-    for start in tqdm(mine, title, unit="batch", disable=not dist_info.is_main):
-        images = [next(prepared)[1] for _ in batches[start]]
-        texts = [prompt for _, prompt in batches[start]]
-        values[start] = score.score_prepared(images, texts).tolist()
+    for batch in tqdm(batches, title, unit="batch", disable=not dist_info.is_main):
+        images = [next(prepared)[1] for _ in batch]
+        texts = [prompts[i] for i, _ in batch]
+        values |= zip(batch, score.score_prepared(images, texts).tolist())
     for others in common.all_gather_objects(values):
         values |= others
-    in_order = [value for start in starts for value in values[start]]
+    in_order = [values[job] for job in sorted(values)]
     return np.reshape(in_order, (len(prompts), -1)).tolist()
 
 
