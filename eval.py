@@ -27,7 +27,6 @@ import common
 from common import TINY, InputError, describe_error, first_line, option
 from contextlib import contextmanager
 import copy
-import dataclasses
 from dataclasses import dataclass
 import hashlib
 from itertools import combinations
@@ -36,7 +35,7 @@ import math
 import numpy as np
 import os
 from pathlib import Path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 import re
 import runpy
 from safetensors import safe_open
@@ -1013,7 +1012,7 @@ def compare_unets(cfg, unets, prompts, wanted):
     # Draw, with one UNet after the other.
     files = {}
     for name, path in unets.items():
-        folder = Path(cfg.cache or cfg.out) / "images" / hashes[name]
+        folder = Path(cfg.cache) / "images" / hashes[name]
         files[name] = draw_images(pipe, path, prompts, folder, cfg, dist_info, name)
     del pipe  # the scorers need the memory
 
@@ -1136,8 +1135,7 @@ def write_report(out, result, files):
     for name, rates in result["win_rates"].items():
         rows += [(f"{name}: {b} over {a}", rates[b][a]) for a, b in combinations(rates, 2)]
     if rows:
-        over = f"{len(result['prompts'])} prompts"
-        save_picture(draw_win_rates(rows, over), out / "winrate.png")
+        save_picture(draw_win_rates(rows, result["prompts"]), out / "winrate.png")
     common.write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
     print(f"\n{table}\nwrote {out}/scores.json, scores.md and the pictures", flush=True)
 
@@ -1145,10 +1143,8 @@ def write_report(out, result, files):
 def markdown(result):
     """The report as a Markdown table, then what its numbers are and how they were made."""
     # The means, then the win rates over each model further up
-    lines = [
-        "| scorer | model | mean ± s.e. | median | win rate (95 %) | ties |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| scorer | model | mean ± s.e. | median | win rate (95 %) | ties |"]
+    lines.append("|---|---|---|---|---|---|")
     for scorer, summary in result["summary"].items():
         for model, s in summary.items():
             numbers = f"{s['mean']:.4f} ± {s['standard_error']:.4f} | {s['median']:.4f}"
@@ -1161,8 +1157,7 @@ def markdown(result):
     # A line for each scorer, for each that is missing, and one for the settings
     for scorer, about in result["scorers"].items():
         lines.append(f"- {scorer}: {', '.join(dict.fromkeys(about.values()))}")
-    for problem in result["left_out"].values():
-        lines.append(f"- left out: {problem}")
+    lines += [f"- left out: {problem}" for problem in result["left_out"].values()]
     settings = {"commit": result["versions"]["commit"]} | result["settings"]
     given = [f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict)]
     return "\n".join([*lines, f"- {', '.join(given)}", ""])
@@ -1186,10 +1181,9 @@ def save_picture(picture, path):
 
 def write(draw, xy, text, size=15, width=None, anchor="la", colour="black"):
     """Text on a picture, cut to `width` px. anchor: Pillow's, e.g. "mm" for the middle."""
-    font = ImageFont.load_default(size)
-    while width and draw.textlength(text, font) > width and len(text) > 1:
+    while width and draw.textlength(text, font_size=size) > width and len(text) > 1:
         text = text.rstrip("…")[:-1] + "…"
-    draw.text(xy, text, colour, font, anchor)
+    draw.text(xy, text, colour, anchor=anchor, font_size=size)
 
 
 def draw_samples(files, prompts, scores, rows=5):
@@ -1231,35 +1225,33 @@ def draw_samples(files, prompts, scores, rows=5):
                 write(draw, (x + w / 2, y + h + 3), value, 13, w, "ma")
             x += w + 6
     if scorer:
-        note = f"Below each image: {scorer}, higher is better."
-        write(draw, (12, sheet.height - 24), note, 14)
+        write(draw, (12, sheet.height - 24), f"Below each image: {scorer}, higher is better.", 14)
     return sheet
 
 
-def draw_win_rates(rows, over):
+def draw_win_rates(rows, prompts):
     """A line for each (title, what win_rate returns): the win rate as a dot, its 95 % interval as
-    a bar, against 50 %. over: what the bootstrap resampled, e.g. "128 prompts"."""
+    a bar, against 50 %. prompts: what the bootstrap resampled."""
     left = 340  # px, where 0 % is
-    scale = 500  # px, from 0 to 100 %
+    right = 840  # px, where 100 % is
     bottom = 50 + 34 * len(rows)
     picture = Image.new("RGB", (1110, bottom + 60), "white")
     draw = ImageDraw.Draw(picture)
     # The axis, with a black line at 50 %
     for percent in range(0, 101, 25):
-        x = left + scale * percent / 100
+        x = left + (right - left) * percent / 100
         draw.line((x, 40, x, bottom), "black" if percent == 50 else "#d8d8d8", 2)
         write(draw, (x, 26), f"{percent} %", anchor="mm")
     # A line for each comparison
     for i, (title, rate) in enumerate(rows):
         y = 67 + 34 * i
-        low, win, high = (left + scale * rate[name] for name in ("low", "win", "high"))
+        low, win, high = (left + (right - left) * rate[name] for name in ("low", "win", "high"))
         colour = GREEN if rate["low"] > 0.5 else RED if rate["high"] < 0.5 else GREY
         draw.line((low, y, high, y), colour, 5)
         draw.ellipse((win - 7, y - 7, win + 7, y + 7), colour)
         write(draw, (left - 20, y), title, 16, left - 30, "rm")
-        text = f"{in_percent(rate)}, ties {rate['tie']:.1%}"
-        write(draw, (left + scale + 20, y), text, anchor="lm")
-    note = f"Win rate, a tie counts half; 95 % bootstrap interval over {over}. "
+        write(draw, (right + 20, y), f"{in_percent(rate)}, ties {rate['tie']:.1%}", anchor="lm")
+    note = f"Win rate, a tie counts half; 95 % bootstrap interval over {len(prompts)} prompts. "
     note += "Green: significantly better, red: worse, grey: no significant difference."
     write(draw, (20, bottom + 24), note)
     return picture
@@ -1307,8 +1299,7 @@ def draw_curve(draw, frame, name, steps, values):
     left, top, right, bottom = frame
     # Moving average over the last tenth of the steps, fewer at the beginning
     window = max(1, len(values) // 10)
-    smooth = np.cumsum(values)
-    smooth[window:] -= smooth[:-window].copy()
+    smooth = np.convolve(values, np.ones(window))[: len(values)]
     smooth /= np.minimum(np.arange(len(values)) + 1, window)
     # A few outliers would flatten everything else: they are cut off at the frame.
     low, high = np.quantile(values, [0.01, 0.99])
@@ -1317,8 +1308,7 @@ def draw_curve(draw, frame, name, steps, values):
     high += pad
 
     def y_of(value):
-        fraction = (np.clip(value, low, high) - low) / (high - low)
-        return bottom - (bottom - top) * fraction
+        return np.interp(value, (low, high), (bottom, top))
 
     # From back to front: healthy range, frame, curves, then the text around
     x = left + (right - left) * steps / max(1, steps[-1])
@@ -1326,8 +1316,8 @@ def draw_curve(draw, frame, name, steps, values):
         smallest, largest = HEALTHY[name]
         draw.rectangle((left, y_of(largest), right, y_of(smallest)), "#e3f3e6")
     draw.rectangle(frame, outline="#b0b0b0")
-    draw.line(np.stack([x, y_of(values)], 1).ravel().tolist(), "#a8c7ee", 1)
-    draw.line(np.stack([x, y_of(smooth)], 1).ravel().tolist(), "#1f5fb4", 3)
+    draw.line(list(zip(x, y_of(values))), "#a8c7ee", 1)
+    draw.line(list(zip(x, y_of(smooth))), "#1f5fb4", 3)
     write(draw, (left, top - 22), f"{name} {smooth[-1]:.4g}")
     for value in (low, high):
         write(draw, (left - 6, y_of(value)), f"{value:.3g}", 13, anchor="rm", colour=GREY)
@@ -1342,8 +1332,6 @@ def evaluation_prompts(cfg):
     # With fewer prompts than images, each prompt gets several: 256 images of 128 prompts are two
     # of each, and 200 images are two of the first 100.
     prompts = common.read_prompts(cfg.prompts)
-    if not prompts:
-        raise InputError(f"--prompts {cfg.prompts} holds no prompt")
     each = math.ceil(cfg.eval_prompts / len(prompts))
     return prompts[: cfg.eval_prompts // each], each
 
@@ -1358,11 +1346,10 @@ def test_run_judge(cfg):
     prompts, _ = evaluation_prompts(cfg)
     # The scheduler's own number of timesteps, without loading the model
     try:
-        files = {"subfolder": "scheduler", "revision": cfg.revision}
-        scheduler_config = DDIMScheduler.load_config(cfg.model, **files)
+        config = DDIMScheduler.load_config(cfg.model, subfolder="scheduler", revision=cfg.revision)
     except Exception:  # common.Models says what is wrong with --model
-        scheduler_config = {}
-    check_sampling_steps("--eval_steps", cfg.eval_steps, scheduler_config)
+        config = {}
+    check_sampling_steps("--eval_steps", cfg.eval_steps, config)
     # The judge on blank images of the right size, with a caption that it will meet
     if cfg.judge:
         blank = Image.new("RGB", (cfg.resolution, cfg.resolution))
@@ -1379,12 +1366,9 @@ def final_evaluation(cfg):
     prompts, each = evaluation_prompts(cfg)
     # The micro-batch is the preset's here: memory for sampling has nothing to do with training's.
     shared = ("model", "variant", "revision", "vae", "cfg", "seed", "precision", "out", "cache")
-    config = Config(
-        **{name: getattr(cfg, name) for name in shared},
-        images_per_prompt=each,
-        steps=cfg.eval_steps,
-        micro_batch=PRESETS[cfg.preset].get("micro_batch", Config.micro_batch),
-    )
+    settings = {name: getattr(cfg, name) for name in shared}
+    settings["micro_batch"] = PRESETS[cfg.preset].get("micro_batch", Config.micro_batch)
+    config = Config(**settings, images_per_prompt=each, steps=cfg.eval_steps)
     trained = Path(cfg.out) / ("lora" if cfg.lora else "unet")
     unets = {"initial": cfg.unet, "trained": str(trained)}
     compare_unets(config, unets, prompts, {cfg.judge: None} if cfg.judge else {})
@@ -1401,9 +1385,7 @@ class Config:
     variant: str | None = option(None, "weight files to load from it, e.g. fp16")
     revision: str | None = option(None, "hub revision to load")
     vae: str | None = option(None, "another VAE, e.g. the fp16 fix for SDXL")
-    unet: list[str] | None = option(
-        None, "UNets or LoRAs, (NAME=)FOLDER or hub id; default: runs/*"
-    )
+    unet: list[str] | None = option(None, "UNets or LoRAs, (NAME=)FOLDER or hub id; else runs/*")
     # What to draw, or what was drawn elsewhere
     prompts: list[str] | None = option(None, ".txt (one a line), .json, .parquet or hub ID(:SPLIT)")
     prompt_column: str = option("caption", "where the prompt is in .json, .parquet and hub rows")
@@ -1428,9 +1410,10 @@ class Config:
     out: str = option("runs/eval", "folder for the report")
     cache: str | None = option(None, "folder that keeps images and scores; default: --out")
     resume: bool = option(False, "go on in an --out that holds a report, with its images")
-    overwrite: bool = option(
-        False, "the same: images cannot be out of date, the report is replaced"
-    )
+    overwrite: bool = option(False, "the same: images are never stale, the report is replaced")
+
+    def __post_init__(self):
+        self.cache = self.cache or self.out
 
 
 WORLD = common.tiny_preset("eval")
@@ -1518,8 +1501,7 @@ def find_runs(model, dist_info):
                 found += [file.parent / "unet", file.parent / "lora"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             if dist_info.is_main:
-                text = f"warning: {file} is not a run's: {describe_error(error)}"
-                print(text, file=sys.stderr, flush=True)
+                print(f"warning: {file} is not a run's: {describe_error(error)}", file=sys.stderr)
     return [str(folder) for folder in found if folder.is_dir()]
 
 
@@ -1531,7 +1513,6 @@ def score_data(cfg, wanted, dist_info):
     if result.is_dir():
         raise InputError(f"--scores_out {result} is a folder: name another file")
     # Nothing is touched before the set is open and the scorer has worked once.
-    cfg = dataclasses.replace(cfg, cache=cfg.cache or cfg.out)
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
     inside = table.source.folder or Path(cfg.data).resolve()
     if result.resolve().is_relative_to(inside):
