@@ -29,7 +29,7 @@ from contextlib import contextmanager
 import copy
 from dataclasses import dataclass
 import hashlib
-from itertools import combinations
+from itertools import combinations, product
 import json
 import math
 import numpy as np
@@ -484,7 +484,9 @@ def hps_square(image, side):
     size = [max(1, round(length * side / max(image.size))) for length in image.size]
     small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     square = Image.new("RGB", (side, side))
-    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    left = (side - small.width) // 2
+    top = (side - small.height) // 2
+    square.paste(small, (left, top))
     return square
 
 
@@ -599,8 +601,8 @@ def scorer_files(name, path=None):
 
 def displayed(path):
     """A path as a report shows it: relative where it is inside of the working folder."""
-    path = str(path)
-    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+    inside = Path(path).is_relative_to(os.getcwd())
+    return os.path.relpath(path) if inside else str(path)
 
 
 def load_scorer(name, path=None, device=None, dtype=None):
@@ -733,20 +735,21 @@ def rows_without_score(table, store):
     """Sorted numbers of the rows with an image that was not read yet or has no score."""
     # A row is known if each of its images was read, and then was scored or does not decode.
     keys = item_keys(table)
-    known = (store.find(keys.ravel()) >= 0).reshape(keys.shape) | np.isin(keys, store.undecodable)
+    scored = store.find(keys.ravel()).reshape(keys.shape) >= 0
+    known = scored | np.isin(keys, store.undecodable)
     known &= table.image_keys.numpy() != 0
     return (~known.all(1)).nonzero()[0]
 
 
 def items_to_score(table, store, rows):
     """The (key, (image bytes, caption)) that the store lacks. Notes all image keys in the table."""
-    seen = set(store.undecodable.tolist())
+    seen = {*store.keys.tolist(), *store.undecodable.tolist()}
     for number, row in table.source.rows(("caption", *common.PAIR_COLUMNS), rows):
         for side, column in enumerate(common.PAIR_COLUMNS):
             image_key = common.image_key(row[column])
             table.image_keys[number, side] = image_key
             key = common.item_key(image_key, common.caption_key(row["caption"]))
-            if key not in seen and store.find(np.array([key]))[0] < 0:
+            if key not in seen:
                 seen.add(key)
                 yield key, (row[column], row["caption"])
 
@@ -775,16 +778,16 @@ def write_scores(path, scores, scorer, unit, data):
 def load_scores(path):
     """A scores file -> what `score_pairs` returned. InputError if it is none."""
     # Another program may have made it, so nothing about it is taken for granted.
-    scores = {}
     try:
         if not Path(path).is_file():
             raise ValueError("it does not exist, or is no regular file")
+        names = ("score_0", "score_1", "key_0", "key_1")
         with safe_open(path, "pt") as file:
-            for name in ("score_0", "score_1", "key_0", "key_1"):
-                scores[name] = file.get_tensor(name)
-                dtype = torch.int64 if name.startswith("key") else torch.float32
-                if scores[name].dtype != dtype or scores[name].shape != (len(scores["score_0"]),):
-                    raise ValueError(f"{name} is {scores[name].dtype} {scores[name].shape}")
+            scores = {name: file.get_tensor(name) for name in names}
+        for name, tensor in scores.items():
+            dtype = torch.int64 if name.startswith("key") else torch.float32
+            if tensor.dtype != dtype or tensor.shape != (len(scores["score_0"]),):
+                raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}")
     except Exception as error:  # safetensors raises its own
         raise InputError(f"--scores {path} is no scores file: {first_line(error)}") from error
     if not (scores["score_0"].isfinite() | scores["score_1"].isfinite()).any():
@@ -926,7 +929,7 @@ def my_batches(files, cfg, dist_info):
     prompt, number of its image)."""
     # The ranks take batches in turn, so a batch has the same images on 1 GPU and on 8, and what is
     # computed from it the same bits.
-    jobs = [(i, j) for i, row in enumerate(files) for j in range(len(row))]
+    jobs = list(product(range(len(files)), range(len(files[0]))))
     starts = range(0, len(jobs), cfg.micro_batch)[dist_info.rank :: dist_info.world_size]
     return [jobs[start : start + cfg.micro_batch] for start in starts]
 
@@ -1041,8 +1044,8 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
     for name, path in wanted.items():
         score = load_scorer(name, path, dist_info.device)
         short = short_name(name)
-        about[short] = {"unit": score.unit}
-        about[short] |= scorer_files(name, path) if name in SCORERS else {"judge": displayed(name)}
+        places = scorer_files(name, path) if name in SCORERS else {"judge": displayed(name)}
+        about[short] = {"unit": score.unit} | places
         scores[short] = {}
         for model, table in files.items():
             values = score_files(score, table, prompts, cfg, dist_info, f"{short}, {model}")
@@ -1100,8 +1103,8 @@ def keep_median(scores, median_by):
     for model, values in scores[median_by].items():
         order = np.argsort(values, axis=1, kind="stable")
         median = order[:, [(order.shape[1] - 1) // 2]]  # (P, 1): which image
-        for name in scores:
-            kept[name][model] = np.take_along_axis(np.array(scores[name][model]), median, axis=1)
+        for name, table in scores.items():
+            kept[name][model] = np.take_along_axis(np.array(table[model]), median, axis=1)
     return kept
 
 
@@ -1133,7 +1136,8 @@ def write_report(out, result, files):
     # A win rate for each scorer and pair of models
     rows = []
     for name, rates in result["win_rates"].items():
-        rows += [(f"{name}: {b} over {a}", rates[b][a]) for a, b in combinations(rates, 2)]
+        for a, b in combinations(rates, 2):
+            rows.append((f"{name}: {b} over {a}", rates[b][a]))
     if rows:
         save_picture(draw_win_rates(rows, result["prompts"]), out / "winrate.png")
     common.write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
@@ -1146,20 +1150,22 @@ def markdown(result):
     lines = ["| scorer | model | mean ± s.e. | median | win rate (95 %) | ties |"]
     lines.append("|---|---|---|---|---|---|")
     for scorer, summary in result["summary"].items():
+        above = []
         for model, s in summary.items():
             numbers = f"{s['mean']:.4f} ± {s['standard_error']:.4f} | {s['median']:.4f}"
             lines.append(f"| {scorer} | {model} | {numbers} | | |")
-            for other in list(summary)[: list(summary).index(model)]:
+            for other in above:
                 rate = result["win_rates"][scorer][model][other]
                 numbers = f"{in_percent(rate)} | {rate['tie']:.1%}"
                 lines.append(f"| {scorer} | {model} over {other} | | | {numbers} |")
+            above.append(model)
     lines.append("")
     # A line for each scorer, for each that is missing, and one for the settings
     for scorer, about in result["scorers"].items():
         lines.append(f"- {scorer}: {', '.join(dict.fromkeys(about.values()))}")
     lines += [f"- left out: {problem}" for problem in result["left_out"].values()]
     settings = {"commit": result["versions"]["commit"]} | result["settings"]
-    given = [f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict)]
+    given = [f"{k} {v}" for k, v in settings.items() if not isinstance(v, dict | None)]
     return "\n".join([*lines, f"- {', '.join(given)}", ""])
 
 
@@ -1207,22 +1213,24 @@ def draw_samples(files, prompts, scores, rows=5):
     line = h + 54
     across = max(1, min(1200 // block, math.ceil(len(prompts) / rows)))
     shown = prompts[: across * rows]
-    size = (across * block + 6, 50 + math.ceil(len(shown) / across) * line)
-    sheet = Image.new("RGB", size, "white")
+    down = math.ceil(len(shown) / across)
+    sheet = Image.new("RGB", (across * block + 6, 50 + down * line), "white")
     draw = ImageDraw.Draw(sheet)
     for k, prompt in enumerate(shown):
         # Caption, images of all models, and their scores; the models' names once, on top
         x = k % across * block + 12
         y = k // across * line + 30
-        write(draw, (x, y + h + 20), prompt, 15, block - 18)
+        below = y + h
+        write(draw, (x, below + 20), prompt, 15, block - 18)
         for model, table in files.items():
             image = Image.open(table[k][0]).convert("RGB").resize((w, h), resample)
             sheet.paste(image, (x, y))
+            middle = x + w / 2
             if k < across:
-                write(draw, (x + w / 2, 15), model, 16, w, "mm")
+                write(draw, (middle, 15), model, 16, w, "mm")
             if scorer:
-                value = f"{scores[scorer][model][k][0]:.3g}"
-                write(draw, (x + w / 2, y + h + 3), value, 13, w, "ma")
+                value = scores[scorer][model][k][0]
+                write(draw, (middle, below + 3), f"{value:.3g}", 13, w, "ma")
             x += w + 6
     if scorer:
         write(draw, (12, sheet.height - 24), f"Below each image: {scorer}, higher is better.", 14)
@@ -1233,24 +1241,24 @@ def draw_win_rates(rows, prompts):
     """A line for each (title, what win_rate returns): the win rate as a dot, its 95 % interval as
     a bar, against 50 %. prompts: what the bootstrap resampled."""
     left = 340  # px, where 0 % is
-    right = 840  # px, where 100 % is
+    scale = 500  # px, from 0 to 100 %
     bottom = 50 + 34 * len(rows)
     picture = Image.new("RGB", (1110, bottom + 60), "white")
     draw = ImageDraw.Draw(picture)
     # The axis, with a black line at 50 %
     for percent in range(0, 101, 25):
-        x = left + (right - left) * percent / 100
+        x = left + scale * percent / 100
         draw.line((x, 40, x, bottom), "black" if percent == 50 else "#d8d8d8", 2)
         write(draw, (x, 26), f"{percent} %", anchor="mm")
     # A line for each comparison
     for i, (title, rate) in enumerate(rows):
         y = 67 + 34 * i
-        low, win, high = (left + (right - left) * rate[name] for name in ("low", "win", "high"))
+        low, win, high = (left + scale * rate[name] for name in ("low", "win", "high"))
         colour = GREEN if rate["low"] > 0.5 else RED if rate["high"] < 0.5 else GREY
         draw.line((low, y, high, y), colour, 5)
         draw.ellipse((win - 7, y - 7, win + 7, y + 7), colour)
         write(draw, (left - 20, y), title, 16, left - 30, "rm")
-        write(draw, (right + 20, y), f"{in_percent(rate)}, ties {rate['tie']:.1%}", anchor="lm")
+        write(draw, (860, y), f"{in_percent(rate)}, ties {rate['tie']:.1%}", anchor="lm")
     note = f"Win rate, a tie counts half; 95 % bootstrap interval over {len(prompts)} prompts. "
     note += "Green: significantly better, red: worse, grey: no significant difference."
     write(draw, (20, bottom + 24), note)
@@ -1275,20 +1283,24 @@ def draw_curves(out):
     """curves.png from log.jsonl: each value as logged and its moving average, over a shaded range
     where a healthy one is known. Nothing where there is no log."""
     log = Path(out) / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    names = [name for name in PANELS if any(line.get(name) is not None for line in lines)]
+    if not log.exists():
+        return
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = np.array([line["step"] for line in lines])
+    # null stands where a value was infinite: fp16's scaler finds its range by such steps.
+    table = {name: np.array([line.get(name) for line in lines], dtype=float) for name in PANELS}
+    names = [name for name in PANELS if np.isfinite(table[name]).any()]
     if not names:
         return
-    picture = Image.new("RGB", (1160, 40 + 250 * math.ceil(len(names) / 3)), "white")
+    down = math.ceil(len(names) / 3)
+    picture = Image.new("RGB", (1160, 40 + 250 * down), "white")
     draw = ImageDraw.Draw(picture)
     for k, name in enumerate(names):
         left = 70 + 380 * (k % 3)
         top = 40 + 250 * (k // 3)
-        # null stands where a value was infinite: fp16's scaler finds its range by such steps.
-        known = [line for line in lines if line.get(name) is not None]
-        steps = np.array([line["step"] for line in known])
-        values = np.array([line[name] for line in known], dtype=float)
-        draw_curve(draw, (left, top, left + 300, top + 175), name, steps, values)
+        known = np.isfinite(table[name])
+        frame = (left, top, left + 300, top + 175)
+        draw_curve(draw, frame, name, steps[known], table[name][known])
     note = "Light: as logged. Dark: moving average, and its last value. Green: a healthy range."
     write(draw, (20, picture.height - 28), note, 14)
     save_picture(picture, Path(out) / "curves.png")
@@ -1311,7 +1323,7 @@ def draw_curve(draw, frame, name, steps, values):
         return np.interp(value, (low, high), (bottom, top))
 
     # From back to front: healthy range, frame, curves, then the text around
-    x = left + (right - left) * steps / max(1, steps[-1])
+    x = np.interp(steps, (0, max(1, steps[-1])), (left, right))
     if name in HEALTHY:
         smallest, largest = HEALTHY[name]
         draw.rectangle((left, y_of(largest), right, y_of(smallest)), "#e3f3e6")
@@ -1353,7 +1365,7 @@ def test_run_judge(cfg):
     # The judge on blank images of the right size, with a caption that it will meet
     if cfg.judge:
         blank = Image.new("RGB", (cfg.resolution, cfg.resolution))
-        load_scorer(cfg.judge)([blank, blank], [prompts[0], prompts[0]])  # two: a number for each
+        load_scorer(cfg.judge)([blank] * 2, prompts[:1] * 2)  # two: it has to give two numbers
 
 
 def final_evaluation(cfg):
@@ -1370,7 +1382,7 @@ def final_evaluation(cfg):
     settings["micro_batch"] = PRESETS[cfg.preset].get("micro_batch", Config.micro_batch)
     config = Config(**settings, images_per_prompt=each, steps=cfg.eval_steps)
     trained = Path(cfg.out) / ("lora" if cfg.lora else "unet")
-    unets = {"initial": cfg.unet, "trained": str(trained)}
+    unets = {"initial": cfg.unet, "trained": trained}
     compare_unets(config, unets, prompts, {cfg.judge: None} if cfg.judge else {})
 
 
@@ -1442,12 +1454,11 @@ def wanted_scorers(names, paths):
     # --scorers: NAME, NAME=PATH, or a judge, whose own path may hold a =
     wanted = {}
     paths = list(paths or [])
-    for item in names.split(","):
-        item = item.strip()
-        is_judge = ".py:" in item
-        if "=" in item and not is_judge:
-            paths.append(item)
-        wanted[item if is_judge else item.partition("=")[0]] = {}
+    for name in map(str.strip, names.split(",")):
+        if "=" in name and ".py:" not in name:
+            paths.append(name)
+            name = name.partition("=")[0]
+        wanted[name] = {}
     # NAME=PATH is about the first part, NAME.PART=PATH about any: hpsv2.1=HPS.pt and
     # hpsv2.1.processor=FOLDER.
     for item in paths:
@@ -1517,9 +1528,10 @@ def score_data(cfg, wanted, dist_info):
     inside = table.source.folder or Path(cfg.data).resolve()
     if result.resolve().is_relative_to(inside):
         raise InputError(f"--scores_out {result} is --data itself or inside: name another file")
-    name, path = next(iter(wanted.items()))
+    [(name, path)] = wanted.items()
     score = load_scorer(name, path, dist_info.device)
-    scores = score_pairs(table, score, cfg.cache, f"scores by {short_name(name)}", dist_info)
+    title = f"scores by {short_name(name)}"
+    scores = score_pairs(table, score, cfg.cache, title, dist_info)
     if dist_info.is_main:
         write_scores(result, scores, displayed(name), score.unit, cfg.data)
         print(f"wrote {result}: {len(scores['score_0'])} rows", flush=True)
