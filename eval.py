@@ -27,17 +27,16 @@ import common
 from common import TINY, InputError, describe_error, option
 from contextlib import contextmanager
 import copy
-import dataclasses
 from dataclasses import dataclass
 import hashlib
 import importlib.util
-from itertools import combinations
+from itertools import combinations, product
 import json
 import math
 import numpy as np
 import os
 from pathlib import Path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 import re
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -158,6 +157,7 @@ def transformer_config(weights, heads, layers="encoder.layers.", mlp="mlp.fc1.we
         "num_attention_heads": heads,
         "num_hidden_layers": len(numbers),
         "intermediate_size": len(weights[f"{layers}0.{mlp}"]),
+        "hidden_act": "gelu",  # the default of CLIP's configuration is OpenAI's quick_gelu
     }
     patches = weights.get("embeddings.patch_embedding.weight")
     if patches is not None:  # a vision transformer
@@ -186,7 +186,7 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
     for key in ("visual_projection.weight", "text_projection.weight"):
         weights[key] = weights[key].T.contiguous()
 
-    # The configuration follows from the shapes, all but the heads and the activation.
+    # The configuration follows from the shapes, all but the heads.
     text = select_weights(weights, "text_model.")
     vision = select_weights(weights, "vision_model.")
     vocabulary, width = text["embeddings.token_embedding.weight"].shape
@@ -194,33 +194,26 @@ def clip_from_open_clip(state_dict, vision_heads, text_heads):
         "vocab_size": vocabulary,
         "hidden_size": width,
         "max_position_embeddings": len(text["embeddings.position_embedding.weight"]),
-        "hidden_act": "gelu",  # the default is OpenAI's quick_gelu
         "bos_token_id": None,
         "eos_token_id": vocabulary - 1,
     }
-    config = CLIPConfig(
-        text_config=text_config,
-        vision_config=transformer_config(vision, vision_heads) | {"hidden_act": "gelu"},
-        projection_dim=len(weights["text_projection.weight"]),
-    )
+    vision_config = transformer_config(vision, vision_heads)
+    size = len(weights["text_projection.weight"])
+    config = CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=size)
     return load_strict(CLIPModel(config), weights)
 
 
 def linear_chain(weights):
     """Linear layers without activations -> nn.Sequential: the head of both aesthetic predictors
     and of ImageReward. weights: {"0.weight", "0.bias", "2.weight", ...} or {"weight", "bias"}."""
-    unexpected = [key for key in weights if not re.fullmatch(r"(\d+\.)?(weight|bias)", key)]
-    if unexpected:
-        raise RuntimeError(f"unexpected: {', '.join(sorted(unexpected)[:3])}")
-    names = {key.removesuffix("weight").removesuffix("bias") for key in weights}
-    layers = []
-    for name in sorted(names, key=lambda name: int(name[:-1] or 0)):  # by number: 10 after 2
-        outputs, inputs = weights[f"{name}weight"].shape
-        layer_weights = {k: weights[f"{name}{k}"] for k in ("weight", "bias")}
-        layers.append(load_strict(nn.Linear(inputs, outputs), layer_weights))
-    chain = nn.Sequential(*layers).eval()
+    weights = select_weights(weights, renames=((r"^(weight|bias)$", r"0.\1"),))
+    numbers = [key.removesuffix(".weight") for key in weights if re.fullmatch(r"\d+\.weight", key)]
+    chain = nn.Sequential()
+    for number in sorted(numbers, key=int):  # 10 comes after 2
+        outputs, inputs = weights[f"{number}.weight"].shape
+        chain.add_module(number, nn.Linear(inputs, outputs))
     chain.config = {}  # common.weights_hash asks for one; all there is to know is in the weights
-    return chain
+    return load_strict(chain, weights)
 
 
 # CLIP sees image and caption apart and compares two vectors. BLIP's text encoder reads the caption
@@ -238,9 +231,7 @@ class ImageReward(nn.Module):
     def forward(self, pixel_values, input_ids, attention_mask):
         """(N, 3, H, H), (N, L), (N, L) -> (N,) fp32."""
         image = self.vision(pixel_values=pixel_values).last_hidden_state
-        words = self.text(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image
-        )
+        words = self.text(input_ids, attention_mask, encoder_hidden_states=image)
         reward = self.head(words.last_hidden_state[:, 0].float())[:, 0]
         # The mean and the standard deviation over the authors' training set
         return (reward - 0.16717362830052426) / 1.0333394966054072
@@ -256,9 +247,8 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
 
     # The image encoder
     image = select_weights(state_dict, "blip.visual_encoder.", BLIP_TO_TRANSFORMERS)
-    config = transformer_config(image, vision_heads)
-    vision = BlipVisionModel(BlipVisionConfig(**config, layer_norm_eps=1e-6))
-    load_strict(vision, image)
+    config = BlipVisionConfig(**transformer_config(image, vision_heads), layer_norm_eps=1e-6)
+    vision = load_strict(BlipVisionModel(config), image)
 
     # The text encoder, whose layers also attend to the image
     words = select_weights(state_dict, "blip.text_encoder.")
@@ -272,13 +262,12 @@ def image_reward_from_state_dict(state_dict, vision_heads, text_heads):
         "max_position_embeddings": len(words["embeddings.position_embeddings.weight"]),
         "layer_norm_eps": 1e-12,  # BERT's; the image encoder has 1e-6
         "bos_token_id": None,
+        "eos_token_id": None,
         "sep_token_id": None,
     }
     text = BlipTextModel(BlipTextConfig(**config), add_pooling_layer=False)
-    load_strict(text, words)
-
     head = linear_chain(select_weights(state_dict, "mlp.layers."))
-    return ImageReward(vision, text, head).eval()
+    return ImageReward(vision, load_strict(text, words), head).eval()
 
 
 def read_weights(path):
@@ -319,9 +308,9 @@ class Scorer:
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts")
         values = [torch.empty(0)]
         for start in range(0, len(images), batch):
-            chunk = images[start : start + batch]
-            prepared = [self.prepare(image.convert("RGB")) for image in chunk]
-            values.append(self.score_prepared(prepared, prompts[start : start + batch]))
+            chunk = slice(start, start + batch)
+            prepared = [self.prepare(image.convert("RGB")) for image in images[chunk]]
+            values.append(self.score_prepared(prepared, prompts[chunk]))
         return torch.cat(values)
 
     @torch.no_grad()
@@ -336,8 +325,7 @@ class Scorer:
         finite = int(values.isfinite().sum())
         # Other scores than these must not reach a mean or a loss.
         if not len(prepared) == len(values) == finite:
-            text = f"{finite} finite values for {len(prepared)} images"
-            raise InputError(f"{self.name} gives {text}")
+            raise InputError(f"{self.name} gives {finite} finite values for {len(prepared)} images")
         return values
 
     def prepare(self, image):
@@ -444,10 +432,11 @@ class ClipScorer(Scorer):
 
 
 def require_fitting_tokenizer(tokenizer, config):
-    """InputError where a CLIP text encoder would read this tokenizer's output wrongly."""
+    """InputError where a text encoder would read this tokenizer's output wrongly."""
     # Nothing fails by itself then: all texts would get some score, and a wrong one.
-    # The text feature is taken at the end of text. Where there is none, it would silently be taken
-    # at the first token, the same for all texts. (2 is how old configs spell "the largest id".)
+    # CLIP's text feature is taken at the end of text. Where there is none, it would silently be
+    # taken at the first token, the same for all texts. (2 is how old configs spell "the largest
+    # id".) BLIP's is taken at the first token, and its configuration has no end.
     ids = tokenizer("a photo").input_ids
     end = max(ids) if config.eos_token_id == 2 else config.eos_token_id
     problem = None
@@ -456,7 +445,7 @@ def require_fitting_tokenizer(tokenizer, config):
         problem = f"has no length, or more than {config.max_position_embeddings} tokens"
     elif len(tokenizer) > config.vocab_size:
         problem = f"has {len(tokenizer)} words, the model {config.vocab_size}"
-    elif end not in ids or tokenizer.eos_token_id != end:
+    elif end is not None and (end not in ids or tokenizer.eos_token_id != end):
         problem = f"ends a text with {tokenizer.eos_token_id}, the model expects {end}"
     if problem:
         raise InputError(f"the tokenizer does not fit the model: it {problem}")
@@ -498,7 +487,9 @@ def hps_square(image, side):
     size = [max(1, round(length * side / max(image.size))) for length in image.size]
     small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     square = Image.new("RGB", (side, side))
-    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    left = (side - small.width) // 2
+    top = (side - small.height) // 2
+    square.paste(small, (left, top))
     return square
 
 
@@ -547,14 +538,12 @@ class ImageRewardScorer(Scorer):
         self.tokenizer = common.load_pretrained(AutoTokenizer, files["tokenizer"], "tokenizer")
         # BLIP adds two words to BERT's. Texts still begin with [CLS]: so the authors' code does.
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            text = f"{len(self.tokenizer)} words, the model {self.model.config.vocab_size}"
-            raise InputError(f"the tokenizer does not fit the model: it has {text}")
+        self.tokenizer.model_max_length = 35  # as in the authors' training
+        require_fitting_tokenizer(self.tokenizer, self.model.config)
         self.parts = (self.model, self.tokenizer)
 
     def compute(self, prepared, prompts):
-        padding = {"padding": "max_length", "max_length": 35}  # as in the authors' training
-        words = self.tokenizer(prompts, truncation=True, return_tensors="pt", **padding)
+        words = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         words = words.to(self.model.text.device)
         pixels = torch.stack(prepared).to(words.input_ids.device, self.model.vision.dtype)
         return self.model(pixels, words.input_ids, words.attention_mask)
@@ -615,8 +604,8 @@ def scorer_files(name, path=None):
 
 def displayed(path):
     """A path as a report shows it: relative where it is inside of the working folder."""
-    path = str(path)
-    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+    inside = Path(path).is_relative_to(os.getcwd())
+    return os.path.relpath(path) if inside else str(path)
 
 
 def load_scorer(name, path=None, device=None, dtype=None):
@@ -738,7 +727,8 @@ def rows_without_score(table, store):
     """Sorted numbers of the rows with an image that was not read yet or has no score."""
     # A row is known if each of its images was read, and then was scored or does not decode.
     keys = table.item_keys().numpy()
-    known = (store.find(keys.ravel()) >= 0).reshape(keys.shape) | np.isin(keys, store.undecodable)
+    scored = store.find(keys.ravel()).reshape(keys.shape) >= 0
+    known = scored | np.isin(keys, store.undecodable)
     known &= table.image_keys.numpy() != 0
     return (~known.all(1)).nonzero()[0]
 
@@ -769,8 +759,7 @@ def read_scores(table, store):
 
 def write_scores(path, scores, scorer, unit, data):
     """Write a scores file. Its metadata says who scored which set, and in which unit."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with common.atomic(path) as temporary:
         save_file(scores, temporary, {"scorer": scorer, "unit": unit, "data": str(data)})
 
@@ -778,17 +767,16 @@ def write_scores(path, scores, scorer, unit, data):
 def load_scores(path):
     """A scores file -> what `score_pairs` returned. InputError if it is none."""
     # Another program may have made it, so nothing about it is taken for granted.
-    scores = {}
-    if not Path(path).is_file():
-        text = "it does not exist, or is no regular file"
-        raise InputError(f"--scores {path} is no scores file: {text}")
-    failed = common.as_input_error(f"--scores {path} is no scores file")
-    with failed, safe_open(path, "pt") as file:
-        for name in ("score_0", "score_1", "key_0", "key_1"):
-            scores[name] = file.get_tensor(name)
+    with common.as_input_error(f"--scores {path} is no scores file"):
+        if not Path(path).is_file():
+            raise ValueError("it does not exist, or is no regular file")
+        names = ("score_0", "score_1", "key_0", "key_1")
+        with safe_open(path, "pt") as file:
+            scores = {name: file.get_tensor(name) for name in names}
+        for name, tensor in scores.items():
             dtype = torch.int64 if name.startswith("key") else torch.float32
-            if scores[name].dtype != dtype or scores[name].shape != (len(scores["score_0"]),):
-                raise ValueError(f"{name} is {scores[name].dtype} {scores[name].shape}")
+            if tensor.dtype != dtype or tensor.shape != (len(scores["score_0"]),):
+                raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}")
     if not (scores["score_0"].isfinite() | scores["score_1"].isfinite()).any():
         raise InputError(f"--scores {path}: not one score is finite")
     return scores
@@ -900,15 +888,11 @@ def hash_images(pipe, cfg, unets, prompts, dist_info):
 
 def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
     """Draw the images that a folder lacks; returns all of its files, (P prompts)(N images)."""
-    # The ranks take batches in turn. A batch is drawn completely or not at all: the last bits of an
-    # image depend on those it was drawn with, and neither the number of GPUs nor a restart should
-    # change a bit of it.
+    # A batch is drawn completely or not at all: the last bits of an image depend on those it was
+    # drawn with, and a restart should not change a bit of it.
     numbers = range(cfg.images_per_prompt)
     files = [[folder / f"{i:05d}_{j}.png" for j in numbers] for i in range(len(prompts))]
-    # Which batches are this rank's, and which of them are not complete?
-    jobs = [(i, j) for i in range(len(prompts)) for j in numbers]
-    starts = range(0, len(jobs), cfg.micro_batch)[dist_info.rank :: dist_info.world_size]
-    batches = [jobs[start : start + cfg.micro_batch] for start in starts]
+    batches = my_batches(files, cfg, dist_info)
     missing = [batch for batch in batches if not all(files[i][j].exists() for i, j in batch)]
     # The UNet is loaded, and the pipeline brought to the GPU, only where there is something to do.
     if missing:
@@ -927,6 +911,16 @@ def draw_images(pipe, unet_path, prompts, folder, cfg, dist_info, title):
     return files
 
 
+def my_batches(files, cfg, dist_info):
+    """This rank's batches of a table of images (P prompts)(N images): lists of (number of the
+    prompt, number of its image)."""
+    # The ranks take batches in turn, so a batch has the same images on 1 GPU and on 8, and what is
+    # computed from it the same bits.
+    jobs = list(product(range(len(files)), range(len(files[0]))))
+    starts = range(0, len(jobs), cfg.micro_batch)[dist_info.rank :: dist_info.world_size]
+    return [jobs[start : start + cfg.micro_batch] for start in starts]
+
+
 def sample(pipe, texts, jobs, cfg):
     """The images of a batch, as PIL. jobs: (number of the prompt, number of its image)."""
     shape = (1, pipe.unet.config.in_channels, *latent_size(pipe))
@@ -934,41 +928,33 @@ def sample(pipe, texts, jobs, cfg):
     # adds at every step. Drawn on the CPU, it is the same on every GPU.
     generators = [common.generator(cfg.seed, "image", i, j) for i, j in jobs]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    output = pipe(
-        texts,
-        latents=noise.to(pipe.unet.dtype),
-        generator=generators,
-        num_inference_steps=cfg.steps,
-        guidance_scale=cfg.cfg,
-    )
-    return output.images
+    latents = noise.to(pipe.unet.dtype)
+    settings = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.cfg}
+    return pipe(texts, latents=latents, generator=generators, **settings).images
 
 
 def read_images(folder, prompts):
     """The image files of a folder, (P prompts)(N images), in the order of the numbers in their
     names: one number (0, 1, 2, ...; N images of the first prompt come first) or two (prompt and
     image: 00012_3.png). InputError where one is missing, which would shift all that follow."""
-    files = {}
-    for file in Path(folder).glob("*"):
-        if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            numbers = tuple(int(digits) for digits in re.findall(r"\d+", file.stem))
-            files[numbers, file.name] = file
+    suffixes = (".png", ".jpg", ".jpeg", ".webp")
+    files = [file for file in Path(folder).glob("*") if file.suffix.lower() in suffixes]
     many, rest = divmod(len(files), len(prompts))
     if rest or not many:
         text = f"{len(files)} images do not divide among {len(prompts)} prompts"
         raise InputError(f"--images {folder}: {text}")
-    ordered = sorted(files)
-    numbers = [numbers for numbers, _ in ordered]
+    numbers = {file: tuple(map(int, re.findall(r"\d+", file.stem))) for file in files}
+    different = set(numbers.values())
     # A number that is the same in all names, as in sd15_0001.png, counts nothing. The others run
     # from 0 or 1, so that many different names fill the ranges exactly where none is missing.
-    varying = [column for column in zip(*numbers) if len(set(column)) > 1]
-    counts = [len(range(min(*column, 1), max(column) + 1)) for column in varying]
+    varying = [set(column) for column in zip(*different) if len(set(column)) > 1]
+    counts = [1 + max(column) - min(1, *column) for column in varying]
     other_prompts = len(counts) > 1 and counts[0] != len(prompts)
-    if math.prod(counts) != len(files) or len(set(numbers)) != len(files) or other_prompts:
+    if not len(files) == len(different) == math.prod(counts) or other_prompts:
         text = "the numbers in the names have gaps, are there twice, or do not fit the prompts"
         raise InputError(f"--images {folder}: {text}")
-    paths = [files[key] for key in ordered]
-    return [paths[start : start + many] for start in range(0, len(paths), many)]
+    files.sort(key=numbers.get)
+    return [files[start : start + many] for start in range(0, len(files), many)]
 
 
 # ------------------------------------------------------------------------------ 6. comparison
@@ -1016,7 +1002,7 @@ def compare_unets(cfg, unets, prompts, wanted):
     # Draw, with one UNet after the other.
     files = {}
     for name, path in unets.items():
-        folder = Path(cfg.cache or cfg.out) / "images" / hashes[name]
+        folder = Path(cfg.cache) / "images" / hashes[name]
         files[name] = draw_images(pipe, path, prompts, folder, cfg, dist_info, name)
     del pipe  # the scorers need the memory
 
@@ -1045,8 +1031,8 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
     for name, path in wanted.items():
         score = load_scorer(name, path, dist_info.device)
         short = short_name(name)
-        about[short] = {"unit": score.unit}
-        about[short] |= scorer_files(name, path) if name in SCORERS else {"judge": displayed(name)}
+        places = scorer_files(name, path) if name in SCORERS else {"judge": displayed(name)}
+        about[short] = {"unit": score.unit} | places
         scores[short] = {}
         for model, table in files.items():
             values = score_files(score, table, prompts, cfg, dist_info, f"{short}, {model}")
@@ -1071,23 +1057,19 @@ def compare_images(cfg, files, prompts, wanted, left_out, settings):
 
 
 def score_files(score, files, prompts, cfg, dist_info, title):
-    """Scores (P)(N) of image files (P)(N), the ranks taking batches in turn."""
-    # A batch has the same images whatever the number of ranks, so its scores have the same bits.
-    jobs = [(file, prompt) for row, prompt in zip(files, prompts) for file in row]
-    starts = range(0, len(jobs), cfg.micro_batch)
-    batches = {start: jobs[start : start + cfg.micro_batch] for start in starts}
-    mine = starts[dist_info.rank :: dist_info.world_size]
+    """Scores (P)(N) of image files (P)(N). The ranks share the work."""
+    batches = my_batches(files, cfg, dist_info)
     # Threads decode and prepare the next images while the model scores these.
-    to_load = ((None, file) for start in mine for file, _ in batches[start])
+    to_load = ((None, files[i][j]) for batch in batches for i, j in batch)
     prepared = common.prefetch(to_load, lambda file: score.prepare(open_image(file)), workers=4)
     values = {}
-    for start in tqdm(mine, title, unit="batch", disable=not dist_info.is_main):
-        images = [next(prepared)[1] for _ in batches[start]]
-        texts = [prompt for _, prompt in batches[start]]
-        values[start] = score.score_prepared(images, texts).tolist()
+    for batch in tqdm(batches, title, unit="batch", disable=not dist_info.is_main):
+        images = [next(prepared)[1] for _ in batch]
+        texts = [prompts[i] for i, _ in batch]
+        values |= zip(batch, score.score_prepared(images, texts).tolist())
     for others in common.all_gather_objects(values):
         values |= others
-    in_order = [value for start in starts for value in values[start]]
+    in_order = [values[job] for job in sorted(values)]
     return np.reshape(in_order, (len(prompts), -1)).tolist()
 
 
@@ -1108,8 +1090,8 @@ def keep_median(scores, median_by):
     for model, values in scores[median_by].items():
         order = np.argsort(values, axis=1, kind="stable")
         median = order[:, [(order.shape[1] - 1) // 2]]  # (P, 1): which image
-        for name in scores:
-            kept[name][model] = np.take_along_axis(np.array(scores[name][model]), median, axis=1)
+        for name, table in scores.items():
+            kept[name][model] = np.take_along_axis(np.array(table[model]), median, axis=1)
     return kept
 
 
@@ -1141,10 +1123,10 @@ def write_report(out, result, files):
     # A win rate for each scorer and pair of models
     rows = []
     for name, rates in result["win_rates"].items():
-        rows += [(f"{name}: {b} over {a}", rates[b][a]) for a, b in combinations(rates, 2)]
+        for a, b in combinations(rates, 2):
+            rows.append((f"{name}: {b} over {a}", rates[b][a]))
     if rows:
-        over = f"{len(result['prompts'])} prompts"
-        save_picture(draw_win_rates(rows, over), out / "winrate.png")
+        save_picture(draw_win_rates(rows, result["prompts"]), out / "winrate.png")
     common.write_text(out / "scores.json", json.dumps(result, indent=1) + "\n")
     print(f"\n{table}\nwrote {out}/scores.json, scores.md and the pictures", flush=True)
 
@@ -1152,26 +1134,25 @@ def write_report(out, result, files):
 def markdown(result):
     """The report as a Markdown table, then what its numbers are and how they were made."""
     # The means, then the win rates over each model further up
-    lines = [
-        "| scorer | model | mean ± s.e. | median | win rate (95 %) | ties |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| scorer | model | mean ± s.e. | median | win rate (95 %) | ties |"]
+    lines.append("|---|---|---|---|---|---|")
     for scorer, summary in result["summary"].items():
+        above = []
         for model, s in summary.items():
             numbers = f"{s['mean']:.4f} ± {s['standard_error']:.4f} | {s['median']:.4f}"
             lines.append(f"| {scorer} | {model} | {numbers} | | |")
-            for other in list(summary)[: list(summary).index(model)]:
+            for other in above:
                 rate = result["win_rates"][scorer][model][other]
                 numbers = f"{in_percent(rate)} | {rate['tie']:.1%}"
                 lines.append(f"| {scorer} | {model} over {other} | | | {numbers} |")
+            above.append(model)
     lines.append("")
     # A line for each scorer, for each that is missing, and one for the settings
     for scorer, about in result["scorers"].items():
         lines.append(f"- {scorer}: {', '.join(dict.fromkeys(about.values()))}")
-    for problem in result["left_out"].values():
-        lines.append(f"- left out: {problem}")
+    lines += [f"- left out: {problem}" for problem in result["left_out"].values()]
     settings = {"commit": result["versions"]["commit"]} | result["settings"]
-    given = [f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict)]
+    given = [f"{k} {v}" for k, v in settings.items() if not isinstance(v, dict | None)]
     return "\n".join([*lines, f"- {', '.join(given)}", ""])
 
 
@@ -1193,10 +1174,9 @@ def save_picture(picture, path):
 
 def write(draw, xy, text, size=15, width=None, anchor="la", colour="black"):
     """Text on a picture, cut to `width` px. anchor: Pillow's, e.g. "mm" for the middle."""
-    font = ImageFont.load_default(size)
-    while width and draw.textlength(text, font) > width and len(text) > 1:
+    while width and draw.textlength(text, font_size=size) > width and len(text) > 1:
         text = text.rstrip("…")[:-1] + "…"
-    draw.text(xy, text, colour, font, anchor)
+    draw.text(xy, text, colour, anchor=anchor, font_size=size)
 
 
 def draw_samples(files, prompts, scores, rows=5):
@@ -1220,32 +1200,33 @@ def draw_samples(files, prompts, scores, rows=5):
     line = h + 54
     across = max(1, min(1200 // block, math.ceil(len(prompts) / rows)))
     shown = prompts[: across * rows]
-    size = (across * block + 6, 50 + math.ceil(len(shown) / across) * line)
-    sheet = Image.new("RGB", size, "white")
+    down = math.ceil(len(shown) / across)
+    sheet = Image.new("RGB", (across * block + 6, 50 + down * line), "white")
     draw = ImageDraw.Draw(sheet)
     for k, prompt in enumerate(shown):
         # Caption, images of all models, and their scores; the models' names once, on top
         x = k % across * block + 12
         y = k // across * line + 30
-        write(draw, (x, y + h + 20), prompt, 15, block - 18)
+        below = y + h
+        write(draw, (x, below + 20), prompt, 15, block - 18)
         for model, table in files.items():
             image = Image.open(table[k][0]).convert("RGB").resize((w, h), resample)
             sheet.paste(image, (x, y))
+            middle = x + w / 2
             if k < across:
-                write(draw, (x + w / 2, 15), model, 16, w, "mm")
+                write(draw, (middle, 15), model, 16, w, "mm")
             if scorer:
-                value = f"{scores[scorer][model][k][0]:.3g}"
-                write(draw, (x + w / 2, y + h + 3), value, 13, w, "ma")
+                value = scores[scorer][model][k][0]
+                write(draw, (middle, below + 3), f"{value:.3g}", 13, w, "ma")
             x += w + 6
     if scorer:
-        note = f"Below each image: {scorer}, higher is better."
-        write(draw, (12, sheet.height - 24), note, 14)
+        write(draw, (12, sheet.height - 24), f"Below each image: {scorer}, higher is better.", 14)
     return sheet
 
 
-def draw_win_rates(rows, over):
+def draw_win_rates(rows, prompts):
     """A line for each (title, what win_rate returns): the win rate as a dot, its 95 % interval as
-    a bar, against 50 %. over: what the bootstrap resampled, e.g. "128 prompts"."""
+    a bar, against 50 %. prompts: what the bootstrap resampled."""
     left = 340  # px, where 0 % is
     scale = 500  # px, from 0 to 100 %
     bottom = 50 + 34 * len(rows)
@@ -1264,9 +1245,8 @@ def draw_win_rates(rows, over):
         draw.line((low, y, high, y), colour, 5)
         draw.ellipse((win - 7, y - 7, win + 7, y + 7), colour)
         write(draw, (left - 20, y), title, 16, left - 30, "rm")
-        text = f"{in_percent(rate)}, ties {rate['tie']:.1%}"
-        write(draw, (left + scale + 20, y), text, anchor="lm")
-    note = f"Win rate, a tie counts half; 95 % bootstrap interval over {over}. "
+        write(draw, (860, y), f"{in_percent(rate)}, ties {rate['tie']:.1%}", anchor="lm")
+    note = f"Win rate, a tie counts half; 95 % bootstrap interval over {len(prompts)} prompts. "
     note += "Green: significantly better, red: worse, grey: no significant difference."
     write(draw, (20, bottom + 24), note)
     return picture
@@ -1290,20 +1270,24 @@ def draw_curves(out):
     """curves.png from log.jsonl: each value as logged and its moving average, over a shaded range
     where a healthy one is known. Nothing where there is no log."""
     log = Path(out) / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    names = [name for name in PANELS if any(line.get(name) is not None for line in lines)]
+    if not log.exists():
+        return
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = np.array([line["step"] for line in lines])
+    # null stands where a value was infinite: fp16's scaler finds its range by such steps.
+    table = {name: np.array([line.get(name) for line in lines], dtype=float) for name in PANELS}
+    names = [name for name in PANELS if np.isfinite(table[name]).any()]
     if not names:
         return
-    picture = Image.new("RGB", (1160, 40 + 250 * math.ceil(len(names) / 3)), "white")
+    down = math.ceil(len(names) / 3)
+    picture = Image.new("RGB", (1160, 40 + 250 * down), "white")
     draw = ImageDraw.Draw(picture)
     for k, name in enumerate(names):
         left = 70 + 380 * (k % 3)
         top = 40 + 250 * (k // 3)
-        # null stands where a value was infinite: fp16's scaler finds its range by such steps.
-        known = [line for line in lines if line.get(name) is not None]
-        steps = np.array([line["step"] for line in known])
-        values = np.array([line[name] for line in known], dtype=float)
-        draw_curve(draw, (left, top, left + 300, top + 175), name, steps, values)
+        known = np.isfinite(table[name])
+        frame = (left, top, left + 300, top + 175)
+        draw_curve(draw, frame, name, steps[known], table[name][known])
     note = "Light: as logged. Dark: moving average, and its last value. Green: a healthy range."
     write(draw, (20, picture.height - 28), note, 14)
     save_picture(picture, Path(out) / "curves.png")
@@ -1314,8 +1298,7 @@ def draw_curve(draw, frame, name, steps, values):
     left, top, right, bottom = frame
     # Moving average over the last tenth of the steps, fewer at the beginning
     window = max(1, len(values) // 10)
-    smooth = np.cumsum(values)
-    smooth[window:] -= smooth[:-window].copy()
+    smooth = np.convolve(values, np.ones(window))[: len(values)]
     smooth /= np.minimum(np.arange(len(values)) + 1, window)
     # A few outliers would flatten everything else: they are cut off at the frame.
     low, high = np.quantile(values, [0.01, 0.99])
@@ -1324,17 +1307,16 @@ def draw_curve(draw, frame, name, steps, values):
     high += pad
 
     def y_of(value):
-        fraction = (np.clip(value, low, high) - low) / (high - low)
-        return bottom - (bottom - top) * fraction
+        return np.interp(value, (low, high), (bottom, top))
 
     # From back to front: healthy range, frame, curves, then the text around
-    x = left + (right - left) * steps / max(1, steps[-1])
+    x = np.interp(steps, (0, max(1, steps[-1])), (left, right))
     if name in HEALTHY:
         smallest, largest = HEALTHY[name]
         draw.rectangle((left, y_of(largest), right, y_of(smallest)), "#e3f3e6")
     draw.rectangle(frame, outline="#b0b0b0")
-    draw.line(np.stack([x, y_of(values)], 1).ravel().tolist(), "#a8c7ee", 1)
-    draw.line(np.stack([x, y_of(smooth)], 1).ravel().tolist(), "#1f5fb4", 3)
+    draw.line(list(zip(x, y_of(values))), "#a8c7ee", 1)
+    draw.line(list(zip(x, y_of(smooth))), "#1f5fb4", 3)
     write(draw, (left, top - 22), f"{name} {smooth[-1]:.4g}")
     for value in (low, high):
         write(draw, (left - 6, y_of(value)), f"{value:.3g}", 13, anchor="rm", colour=GREY)
@@ -1349,8 +1331,6 @@ def evaluation_prompts(cfg):
     # With fewer prompts than images, each prompt gets several: 256 images of 128 prompts are two
     # of each, and 200 images are two of the first 100.
     prompts = common.read_prompts(cfg.prompts)
-    if not prompts:
-        raise InputError(f"--prompts {cfg.prompts} holds no prompt")
     each = math.ceil(cfg.eval_prompts / len(prompts))
     return prompts[: cfg.eval_prompts // each], each
 
@@ -1365,15 +1345,14 @@ def test_run_judge(cfg):
     prompts, _ = evaluation_prompts(cfg)
     # The scheduler's own number of timesteps, without loading the model
     try:
-        files = {"subfolder": "scheduler", "revision": cfg.revision}
-        scheduler_config = DDIMScheduler.load_config(cfg.model, **files)
+        config = DDIMScheduler.load_config(cfg.model, subfolder="scheduler", revision=cfg.revision)
     except Exception:  # common.Models says what is wrong with --model
-        scheduler_config = {}
-    check_sampling_steps("--eval_steps", cfg.eval_steps, scheduler_config)
+        config = {}
+    check_sampling_steps("--eval_steps", cfg.eval_steps, config)
     # The judge on blank images of the right size, with a caption that it will meet
     if cfg.judge:
         blank = Image.new("RGB", (cfg.resolution, cfg.resolution))
-        load_scorer(cfg.judge)([blank, blank], [prompts[0], prompts[0]])  # two: a number for each
+        load_scorer(cfg.judge)([blank] * 2, prompts[:1] * 2)  # two: it has to give two numbers
 
 
 def final_evaluation(cfg):
@@ -1386,14 +1365,11 @@ def final_evaluation(cfg):
     prompts, each = evaluation_prompts(cfg)
     # The micro-batch is the preset's here: memory for sampling has nothing to do with training's.
     shared = ("model", "variant", "revision", "vae", "cfg", "seed", "precision", "out", "cache")
-    config = Config(
-        **{name: getattr(cfg, name) for name in shared},
-        images_per_prompt=each,
-        steps=cfg.eval_steps,
-        micro_batch=PRESETS[cfg.preset].get("micro_batch", Config.micro_batch),
-    )
+    settings = {name: getattr(cfg, name) for name in shared}
+    settings["micro_batch"] = PRESETS[cfg.preset].get("micro_batch", Config.micro_batch)
+    config = Config(**settings, images_per_prompt=each, steps=cfg.eval_steps)
     trained = Path(cfg.out) / ("lora" if cfg.lora else "unet")
-    unets = {"initial": cfg.unet, "trained": str(trained)}
+    unets = {"initial": cfg.unet, "trained": trained}
     compare_unets(config, unets, prompts, {cfg.judge: None} if cfg.judge else {})
 
 
@@ -1408,9 +1384,7 @@ class Config:
     variant: str | None = option(None, "weight files to load from it, e.g. fp16")
     revision: str | None = option(None, "hub revision to load")
     vae: str | None = option(None, "another VAE, e.g. the fp16 fix for SDXL")
-    unet: list[str] | None = option(
-        None, "UNets or LoRAs, (NAME=)FOLDER or hub id; default: runs/*"
-    )
+    unet: list[str] | None = option(None, "UNets or LoRAs, (NAME=)FOLDER or hub id; else runs/*")
     # What to draw, or what was drawn elsewhere
     prompts: list[str] | None = option(None, ".txt (one a line), .json, .parquet or hub ID(:SPLIT)")
     prompt_column: str = option("caption", "where the prompt is in .json, .parquet and hub rows")
@@ -1435,9 +1409,10 @@ class Config:
     out: str = option("runs/eval", "folder for the report")
     cache: str | None = option(None, "folder that keeps images and scores; default: --out")
     resume: bool = option(False, "go on in an --out that holds a report, with its images")
-    overwrite: bool = option(
-        False, "the same: images cannot be out of date, the report is replaced"
-    )
+    overwrite: bool = option(False, "the same: images are never stale, the report is replaced")
+
+    def __post_init__(self):
+        self.cache = self.cache or self.out
 
 
 WORLD = common.tiny_preset("eval")
@@ -1466,12 +1441,11 @@ def wanted_scorers(names, paths):
     # --scorers: NAME, NAME=PATH, or a judge, whose own path may hold a =
     wanted = {}
     paths = list(paths or [])
-    for item in names.split(","):
-        item = item.strip()
-        is_judge = ".py:" in item
-        if "=" in item and not is_judge:
-            paths.append(item)
-        wanted[item if is_judge else item.partition("=")[0]] = {}
+    for name in map(str.strip, names.split(",")):
+        if "=" in name and ".py:" not in name:
+            paths.append(name)
+            name = name.partition("=")[0]
+        wanted[name] = {}
     # NAME=PATH is about the first part, NAME.PART=PATH about any: hpsv2.1=HPS.pt and
     # hpsv2.1.processor=FOLDER.
     for item in paths:
@@ -1525,8 +1499,7 @@ def find_runs(model, dist_info):
                 found += [file.parent / "unet", file.parent / "lora"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             if dist_info.is_main:
-                text = f"warning: {file} is not a run's: {describe_error(error)}"
-                print(text, file=sys.stderr, flush=True)
+                print(f"warning: {file} is not a run's: {describe_error(error)}", file=sys.stderr)
     return [str(folder) for folder in found if folder.is_dir()]
 
 
@@ -1538,14 +1511,14 @@ def score_data(cfg, wanted, dist_info):
     if result.is_dir():
         raise InputError(f"--scores_out {result} is a folder: name another file")
     # Nothing is touched before the set is open and the scorer has worked once.
-    cfg = dataclasses.replace(cfg, cache=cfg.cache or cfg.out)
     table = common.RowTable(cfg, dist_info, common.PAIR_COLUMNS)
     inside = table.source.folder or Path(cfg.data).resolve()
     if result.resolve().is_relative_to(inside):
         raise InputError(f"--scores_out {result} is --data itself or inside: name another file")
-    name, path = next(iter(wanted.items()))
+    [(name, path)] = wanted.items()
     score = load_scorer(name, path, dist_info.device)
-    scores = score_pairs(table, score, cfg.cache, f"scores by {short_name(name)}", dist_info)
+    title = f"scores by {short_name(name)}"
+    scores = score_pairs(table, score, cfg.cache, title, dist_info)
     if dist_info.is_main:
         write_scores(result, scores, displayed(name), score.unit, cfg.data)
         print(f"wrote {result}: {len(scores['score_0'])} rows", flush=True)
