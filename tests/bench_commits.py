@@ -26,7 +26,6 @@ HERE = Path(__file__).resolve().parent.parent
 TINY = HERE / "tests" / "tiny"
 SHORT = 2  # steps
 LONG = {"dpo": 32, "smpo": 17, "dro": 17}  # a step of DPO takes half as long
-# SmPO's inversion and DRO's rollout as in the presets; the settings do not change the cost.
 METHODS = {
     "dpo": ("dpo_baseline.py", []),
     "smpo": ("smpo.py", ["--scores", "scores.safetensors"]),
@@ -46,6 +45,9 @@ def computing_time(command, folder, checkout):
 
 def train(method, micro_batch, steps, folder, checkout):
     script, more = METHODS[method]
+    # The inversion that commits before --inversion had: as many UNet calls on both sides.
+    if " inversion: " in (checkout / script).read_text():
+        more = [*more, "--inversion", "above", "--inversion_steps", "5"]
     command = [script, "--batch", "32", "--micro_batch", str(micro_batch), "--steps", str(steps)]
     command += ["--out", "out", "--overwrite", "--cache", "cache", "--save_every", "1000"]
     return computing_time([*command, "--eval_prompts", "0", *more], folder, checkout)
