@@ -67,7 +67,7 @@ def grid(**values):
     return [dict(zip(values, row)) for row in product(*values.values())]
 
 
-# The grids were moved until no best value stood at an edge that earlier runs had not tried. A LoRA's
+# Earlier runs had other grids; where their best value stood at an edge, the grid was moved. A LoRA's
 # second matrices start at 0: it takes fifty times the learning rate to move as far. The paper's
 # inversion and DRO with M > 1 are ruined by the steps that suit the others. SFT has no beta.
 PAIRS = grid(lr=(5e-5, 1e-4), beta=(300, 1000))
