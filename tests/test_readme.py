@@ -166,7 +166,8 @@ def options_of(script):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_that_is_named_exists(page):
-    others = ["tests/bench.py", "tests/test_faults.py", "tests/tiny/evidence.py"]
+    others = ["tests/bench.py", "tests/bench_data.py", "tests/test_faults.py"]
+    others += ["tests/tiny/evidence.py"]
     known = set.union(*map(options_of, [*SCRIPTS, *others]))
     known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}  # torchrun's
     known |= {"help"}  # argparse's
