@@ -32,6 +32,7 @@ class Curve:
     title: str
     colour: str
     points: list  # by growing learning rate
+    letter: str = ""  # at the point and before the title, where there is no colour to tell by
 
 
 class Axes:
@@ -61,6 +62,9 @@ def draw_picture(curves, initial, file):
     lies above the other's.
     """
     axes = Axes(curves, initial)
+    single = [curve for curve in curves if len(curve.points) == 1]
+    for letter, curve in zip("abcdefghijkl", single):
+        curve.letter = f"{letter}  "
     sheet = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(sheet)
     draw_grid(draw, axes)
@@ -69,7 +73,7 @@ def draw_picture(curves, initial, file):
     write(draw, LEFT + 10, y + 6, "initial model", "la", DARK)
     write(draw, LEFT, 16, "Mean ground-truth score: higher is better", "la", size=34)
     note = "Large: the chosen setting. Small: other learning rates. "
-    note += "Bars: standard deviation over seeds. Triangles: below this picture."
+    note += "Bars: standard deviation over seeds. Triangles: below this picture. Letters: no curve."
     write(draw, LEFT, 74, note, "la", DARK)
     note = "Deviation: mean squared difference from the initial model's predictions"
     write(draw, (LEFT + RIGHT) / 2, BOTTOM + 64, note, "ma", size=30)
@@ -102,6 +106,7 @@ def draw_curve(draw, axes, curve):
             draw.regular_polygon((x, y - 8, 16), 3, 180, curve.colour)
         else:
             draw.circle((x, y), 15 if point.is_chosen else 9, curve.colour)
+        write(draw, x - 20, y - 4, curve.letter.strip(), "rb", curve.colour, 30)
 
 
 def draw_titles(draw, axes, curves, gap=46):
@@ -115,7 +120,7 @@ def draw_titles(draw, axes, curves, gap=46):
         y = axes.y(end.score)
         height = max(min(y, limit), TOP + gap * above)
         draw.line((x, y, RIGHT + 10, height, RIGHT + 40, height), "#bbbbbb", 2)
-        write(draw, RIGHT + 48, height, curve.title, "lm", curve.colour, 30)
+        write(draw, RIGHT + 48, height, curve.letter + curve.title, "lm", curve.colour, 30)
         limit = height - gap
 
 
