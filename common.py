@@ -1971,11 +1971,12 @@ class SampleStream:
         """(samples, K) bool: which images are mirrored. Drawn ahead, since the cache needs to
         know."""
         shape = (self.cfg.batch, self.sides.shape[1])
-        chance = 0.5 if self.cfg.flip else 0
+        if not self.cfg.flip:
+            return np.zeros((self.cfg.steps * shape[0], shape[1]), bool)
         draws = []
         for step in range(self.cfg.steps):
             random = generator(self.cfg.seed, "flip", step)
-            draws.append(torch.rand(shape, generator=random) < chance)
+            draws.append(torch.rand(shape, generator=random) < 0.5)
         return torch.cat(draws).numpy()
 
     def choose_rows(self):
@@ -2077,7 +2078,8 @@ class SampleStream:
             return
         mine = self.table.my_rows(met[missing[:-1]])
         rows = self.table.source.rows(("caption",), mine)
-        captions = chain([""], (row["caption"] for _, row in rows))
+        empty = [""] if self.dist_info.is_main else []  # once is enough
+        captions = chain(empty, (row["caption"] for _, row in rows))
         items = ((caption_key(caption), caption) for caption in captions)
         fill_store(
             self.embeddings,

@@ -34,8 +34,8 @@ def denoising_error(eps_pred, eps):
 
 # The likelihood bound of a diffusion model is a sum over timesteps of squared errors over 2. So at
 # one sampled t, -err / 2 estimates log p_theta(x_0), up to a constant and a weight that are the
-# same for both models. The log-ratio log(p_theta / p_ref) is then (ref_err -
-# err) / 2, and the DPO loss of language models,
+# same for both models. The log-ratio log(p_theta / p_ref) is then (ref_err - err) / 2, and the DPO
+# loss of language models,
 #     -log sigmoid(beta (log-ratio of the winner - log-ratio of the loser)),
 # becomes the one below. Its log_ratio is twice the log-ratio, and the 1/2 stands beside beta: so it
 # does in released code, and published betas are meant that way.

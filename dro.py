@@ -86,8 +86,8 @@ def dro_loss(err, ref_err, margin):
 #         x = sigma[k + 1] / sigma[k] x - alpha[k + 1] (exp(-h) - 1) direction
 #
 # "2M" stands for second-order multistep: the solver extrapolates x0 linearly in lam from the last
-# two predictions. Here each image of a batch has its own timesteps
-# and its own stop, so the coefficients are tables, made ahead by `rollout_plan`.
+# two predictions. Here each image of a batch has its own timesteps and its own stop, so the
+# coefficients are tables, made ahead by `rollout_plan`.
 def rollout(eps_fn, xT, timesteps, stop, alpha_bar):
     """Sample with DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), each image on its own timesteps
     and only as far as it is wanted.

@@ -56,8 +56,8 @@ def preference_probability(score_0, score_1, lo, hi):
     return torch.sigmoid((score_0 - score_1) / (hi - lo))
 
 
-# Smoothing replaces each likelihood by a weighted product in which the other image has a part (Eq.
-# 8):
+# Smoothing (Eq. 8) replaces each likelihood by a weighted product in which the other image has a
+# part:
 #     p_theta(x_0)  ->  p_theta(x_0)^alpha  p_theta(x_1)^(gamma - alpha)
 #     p_theta(x_1)  ->  p_theta(x_1)^alpha  p_theta(x_0)^(gamma - alpha)
 # and p_ref likewise. With L_i = log(p_theta(x_i) / p_ref(x_i)), the difference of the two
